@@ -1,0 +1,1 @@
+"""After-hours sessions over gRPC: Postgres is the truth, Redis holds the timers."""

@@ -1,0 +1,199 @@
+"""APScheduler behind set and cancel: one expiry job for each active session, fired in process, shared by replicas."""
+
+import asyncio
+import collections
+import collections.abc
+import datetime
+import itertools
+import time
+import uuid
+
+import redis.asyncio
+import redis.asyncio.retry
+import redis.backoff
+import redis.exceptions
+import structlog
+from apscheduler.schedulers import background
+
+from afterhours_grpc import metrics
+from afterhours_grpc.expiry import clock, jobstore
+from afterhours_grpc.sessions import errors, session
+from afterhours_grpc.store import database, store
+
+log = structlog.get_logger()
+
+Due = tuple[session.SessionId, datetime.datetime]
+
+# Seconds a caller waits for the write of its timer; what takes longer is written behind its back.
+_PATIENCE = 0.1
+# Seconds between two tries to reach a Redis that is away.
+_RETRY = 0.5
+# Timers kept for a Redis that is away; the reconciler knows the others.
+_UNWRITTEN = 100_000
+# Sessions closed by one statement.
+_BATCH = 500
+
+
+class Timers:
+    """The timers of all sessions. `set` and `cancel` never raise, and take at most 0.1 s.
+
+    A timer that fires only asks Postgres what is due, by `store.expire`: fired early, late, twice, or for a session that
+    was extended, it does no harm.
+    """
+
+    def __init__(self, url: str, store: store.Store, clock: clock.Clock) -> None:
+        self._store = store
+        self._redis = redis.asyncio.Redis(
+            connection_pool=redis.asyncio.BlockingConnectionPool.from_url(
+                url,
+                max_connections=4,
+                timeout=jobstore.SOCKET_TIMEOUT,
+                decode_responses=True,
+                socket_timeout=jobstore.SOCKET_TIMEOUT,
+                socket_connect_timeout=jobstore.SOCKET_TIMEOUT,
+                retry=redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0),
+            )
+        )
+        self._settle = self._redis.register_script(jobstore.SETTLE_LUA)
+        self._unwritten: dict[uuid.UUID, datetime.datetime | None] = {}
+        self._written: list[asyncio.Future[None]] = []
+        self._wanted = asyncio.Event()
+        self._away = False
+        self._claims: collections.deque[jobstore.Claim] = collections.deque()
+        self._fired = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.last_pass = time.monotonic()
+        self._jobs = jobstore.JobStore(url, clock, self._passed)
+        self._scheduler = background.BackgroundScheduler(
+            timezone=datetime.UTC,
+            jobstores={"default": self._jobs},
+            executors={"default": jobstore.HandOver(self._receive)},
+        )
+
+    def start(self) -> None:
+        """Begin to fire."""
+        self._scheduler.start()
+
+    def stop(self) -> None:
+        """Claim nothing more, and end the scheduler's thread; idempotent."""
+        self._jobs.stopping = True
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=False)
+
+    async def close(self) -> None:
+        """Close the connections; idempotent."""
+        await self._redis.aclose()
+
+    async def set(self, due: collections.abc.Sequence[Due]) -> None:
+        """Time sessions, or move their timers to a later time."""
+        await self._write({id: at for id, at in due})
+
+    async def cancel(self, ids: collections.abc.Sequence[session.SessionId]) -> None:
+        """Drop the timers of sessions that ended."""
+        await self._write(dict.fromkeys(ids))
+
+    async def _write(self, timers: dict[uuid.UUID, datetime.datetime | None]) -> None:
+        if not timers or len(self._unwritten) >= _UNWRITTEN:
+            return
+        self._unwritten.update(timers)
+        self._wanted.set()
+        if not self._away:
+            written = self._loop.create_future()
+            self._written.append(written)
+            await asyncio.wait([written], timeout=_PATIENCE)
+
+    async def write(self) -> None:
+        """Write timers as they are wanted, until cancelled."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            taken, self._unwritten = self._unwritten, {}
+            written, self._written = self._written, []
+            try:
+                await self._pipeline(taken)
+                self._away = False
+            except redis.exceptions.RedisError as error:
+                # The only failure that is swallowed: the session is committed, and the reconciler sets its timer.
+                if not self._away:
+                    log.warning("timers_unwritten", error=type(error).__name__, count=len(taken))
+                self._away = True
+                metrics.TIMER_WRITES_FAILED.inc()
+                self._unwritten = {**taken, **self._unwritten}
+                self._wanted.set()
+            for future in written:
+                if not future.done():
+                    future.set_result(None)
+            if self._away:
+                await asyncio.sleep(_RETRY)
+
+    async def _pipeline(self, timers: dict[uuid.UUID, datetime.datetime | None]) -> None:
+        due = {jobstore.job_id(id): jobstore.score(at.timestamp()) for id, at in timers.items() if at}
+        over = [jobstore.job_id(id) for id, at in timers.items() if at is None]
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            if due:
+                # Only later: of two writes that overtake each other, the one that fires early is put right.
+                pipeline.zadd(jobstore.KEY, due, gt=True)
+            if over:
+                pipeline.zrem(jobstore.KEY, *over)
+            await pipeline.execute()
+
+    async def arm(self, due: collections.abc.Sequence[Due]) -> int:
+        """Set timers that are missing or too late, and give how many were missing. Raise RedisError."""
+        jobs = {jobstore.job_id(id): jobstore.score(at.timestamp()) for id, at in due}
+        return int(await self._redis.zadd(jobstore.KEY, jobs, lt=True)) if jobs else 0
+
+    async def after(self, rank: int, most: int) -> list[tuple[str, uuid.UUID | None]]:
+        """Read at most `most` members from a rank on, with the session of each. Raise RedisError."""
+        members = await self._redis.zrange(jobstore.KEY, rank, rank + most - 1)
+        return [(member, jobstore.session_id(member)) for member in members]
+
+    async def drop(self, members: collections.abc.Sequence[str]) -> None:
+        """Remove members. Raise RedisError."""
+        if members:
+            await self._redis.zrem(jobstore.KEY, *members)
+
+    def _passed(self) -> None:
+        self.last_pass = time.monotonic()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the scheduler has looked for due jobs lately, which it does every half second."""
+        return self._jobs.stopping or time.monotonic() - self.last_pass < 10 * jobstore.LEASE
+
+    def _receive(self, claim: jobstore.Claim) -> None:
+        self._claims.append(claim)
+        if not self._fired.is_set():
+            self._loop.call_soon_threadsafe(self._fired.set)
+
+    async def fire(self) -> None:
+        """Expire sessions as their claims arrive, until cancelled."""
+        while True:
+            await self._fired.wait()
+            self._fired.clear()
+            while self._claims:
+                claims = [self._claims.popleft() for _ in range(min(_BATCH, len(self._claims)))]
+                try:
+                    await self._expire(claims)
+                finally:
+                    self._jobs.settled(len(claims))
+
+    async def _expire(self, claims: list[jobstore.Claim]) -> None:
+        try:
+            found = await self._store.expire([session.SessionId(claim.session_id) for claim in claims])
+        except (errors.StoreUnavailable, database.Retry) as error:
+            # They fire again when their leases end.
+            log.warning("expiry_delayed", error=type(error).__name__, count=len(claims))
+            return
+        expiries = {each.id: each for each in found}
+        settled = []
+        for claim in claims:
+            expiry = expiries[session.SessionId(claim.session_id)]
+            if expiry.over or expiry.due:
+                again = jobstore.score(expiry.due.timestamp()) if expiry.due else ""
+                settled.append((jobstore.job_id(claim.session_id), claim.score, again))
+        metrics.EXPIRED.inc(sum(each.over for each in expiries.values()))
+        try:
+            await self._settle(keys=[jobstore.KEY], args=list(itertools.chain.from_iterable(settled)))
+        except redis.exceptions.RedisError as error:
+            # They fire again when their leases end, and find nothing to do.
+            log.warning("claims_unsettled", error=type(error).__name__, count=len(settled))

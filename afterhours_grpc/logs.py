@@ -1,0 +1,49 @@
+"""Logging: to stderr, JSON or for people, and never the text of an exception, which may carry a row."""
+
+import logging
+import sys
+import traceback
+import typing
+
+import structlog
+
+
+def configure(format: typing.Literal["console", "json"]) -> None:
+    """Set logging up for the process."""
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer() if format == "console" else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _without_nones,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    # Libraries log only what is wrong, and only their own words: an exception's text may carry a row.
+    logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="%(levelname)s %(name)s", force=True)
+
+
+def described(error: BaseException) -> dict[str, object]:
+    """Tell an exception for the log: its types, its frames, and Postgres' code; never its text."""
+    types, at = [], error
+    while at is not None:
+        types.append(type(at).__name__)
+        at = at.__cause__ or at.__context__
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    return {
+        "types": types,
+        "frames": frames,
+        "sqlstate": getattr(error, "sqlstate", None),
+        "constraint": getattr(error, "constraint_name", None),
+    }
+
+
+def _without_nones(
+    _: object, __: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    return {key: value for key, value in event.items() if value is not None}

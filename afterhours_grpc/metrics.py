@@ -1,0 +1,18 @@
+"""What is counted, for Prometheus. No label carries a user, a session or a place."""
+
+import prometheus_client
+
+REGISTRY = prometheus_client.CollectorRegistry()
+
+CALLS = prometheus_client.Counter(
+    "afterhours_calls", "Calls answered.", ["method", "code", "reason"], registry=REGISTRY
+)
+SECONDS = prometheus_client.Histogram(
+    "afterhours_call_seconds", "Seconds from a call's arrival to its answer.", ["method"], registry=REGISTRY
+)
+EXPIRED = prometheus_client.Counter(
+    "afterhours_sessions_expired", "Sessions closed at their expire_time.", registry=REGISTRY
+)
+TIMER_WRITES_FAILED = prometheus_client.Counter(
+    "afterhours_timer_writes_failed", "Pipelines of timers that Redis did not take.", registry=REGISTRY
+)

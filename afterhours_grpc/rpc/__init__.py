@@ -1,0 +1,1 @@
+"""The wire: what knows grpc and protobuf, and nothing else does."""

@@ -1,0 +1,147 @@
+"""The boundary of every call of ours: errors become statuses once, a log line once, metrics once."""
+
+import asyncio
+import collections.abc
+import time
+import typing
+import uuid
+
+import grpc
+import structlog
+from google.protobuf import message
+from grpc_status import rpc_status
+
+from afterhours_grpc import logs, metrics
+from afterhours_grpc.rpc import auth, status, wire
+from afterhours_grpc.sessions import errors
+
+log = structlog.get_logger()
+
+# Seconds that no call waits longer for Postgres, whatever its deadline.
+LONGEST_WAIT = 5.0
+
+_Handler = collections.abc.Callable[[typing.Any, grpc.aio.ServicerContext], collections.abc.Awaitable[typing.Any]]
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Wraps the unary methods of the services named; health and reflection pass by.
+
+    Requests are decoded in here, where bytes that are no message can be answered properly.
+    """
+
+    def __init__(self, services: collections.abc.Collection[str]) -> None:
+        self._prefixes = tuple(f"/{name}/" for name in services)
+        self._wrapped: dict[str, grpc.RpcMethodHandler[typing.Any, typing.Any]] = {}
+        self._draining = False
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def drain(self) -> None:
+        """Refuse calls from now on."""
+        self._draining = True
+
+    async def idle(self) -> None:
+        """Wait until no call is in flight."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: collections.abc.Callable[
+            [grpc.HandlerCallDetails],
+            collections.abc.Awaitable[grpc.RpcMethodHandler[typing.Any, typing.Any]],
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[typing.Any, typing.Any]:
+        """Give the method's handler, wrapped."""
+        method = handler_call_details.method
+        if method in self._wrapped:
+            return self._wrapped[method]
+        handler = await continuation(handler_call_details)
+        if handler is None or not method.startswith(self._prefixes):
+            return handler
+        wrapped = grpc.unary_unary_rpc_method_handler(
+            self._wrap(method.rpartition("/")[2], handler.unary_unary, handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+        return self._wrapped.setdefault(method, wrapped)
+
+    def _wrap(
+        self,
+        method: str,
+        behaviour: _Handler,
+        decode: collections.abc.Callable[[bytes], typing.Any],
+    ) -> _Handler:
+        async def call(raw: bytes, context: grpc.aio.ServicerContext) -> typing.Any:
+            began = time.perf_counter()
+            request: typing.Any = None
+            error: errors.SessionError | None = None
+            code = grpc.StatusCode.OK
+            self._in_flight += 1
+            self._idle.clear()
+            try:
+                request = self._admit(raw, decode)
+                return await _within(behaviour, request, context)
+            except errors.SessionError as refusal:
+                error, code = refusal, status.code(refusal)
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED
+                raise
+            except Exception as bug:  # whatever it is, no text of it goes to the caller
+                error, code = _told(bug), grpc.StatusCode.INTERNAL
+            finally:
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self._idle.set()
+                _record(method, code, error, began, request)
+            told = rpc_status.to_status(status.status(error))
+            await context.abort(told.code, told.details, told.trailing_metadata)
+
+        return call
+
+    def _admit(self, raw: bytes, decode: collections.abc.Callable[[bytes], typing.Any]) -> typing.Any:
+        if self._draining:
+            raise errors.ShuttingDown
+        try:
+            return decode(raw)
+        except message.DecodeError:
+            raise errors.InvalidRequest from None
+
+
+async def _within(behaviour: _Handler, request: typing.Any, context: grpc.aio.ServicerContext) -> typing.Any:
+    """Answer within the call's deadline and LONGEST_WAIT, whichever is shorter."""
+    remaining = context.time_remaining()
+    in_time = remaining is None or remaining > LONGEST_WAIT
+    try:
+        async with asyncio.timeout(LONGEST_WAIT if in_time else remaining):
+            return await behaviour(request, context)
+    except TimeoutError:
+        raise (errors.StoreUnavailable if in_time else errors.DeadlineExceeded) from None
+
+
+def _told(bug: Exception) -> errors.Bug:
+    error = errors.Bug(uuid.uuid4().hex)
+    log.error("bug", error_id=error.error_id, **logs.described(bug))
+    return error
+
+
+def _record(
+    method: str,
+    code: grpc.StatusCode,
+    error: errors.SessionError | None,
+    began: float,
+    request: typing.Any,
+) -> None:
+    seconds = time.perf_counter() - began
+    reason = status.reason(error) if error else ""
+    metrics.CALLS.labels(method, code.name, reason).inc()
+    metrics.SECONDS.labels(method).observe(seconds)
+    log.info(
+        "call",
+        method=method,
+        code=code.name,
+        reason=reason or None,
+        duration_ms=round(seconds * 1000, 3),
+        caller=auth.caller.get(),
+        request_id=wire.request_id(request),
+    )

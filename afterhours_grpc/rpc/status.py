@@ -1,0 +1,87 @@
+"""One table: a domain error -> its gRPC code and reason; and the details that go with some."""
+
+import datetime
+
+import grpc
+from afterhours.v1 import error_reason_pb2
+from google.protobuf import any_pb2, message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from afterhours_grpc.sessions import errors
+
+DOMAIN = "afterhours.v1"
+
+_R = error_reason_pb2
+_TABLE: dict[type[Exception], tuple[grpc.StatusCode, _R.ErrorReason]] = {
+    errors.InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, _R.ERROR_REASON_INVALID_REQUEST),
+    errors.RequestIdReused: (grpc.StatusCode.INVALID_ARGUMENT, _R.ERROR_REASON_REQUEST_ID_REUSED),
+    errors.ProfileRequired: (grpc.StatusCode.FAILED_PRECONDITION, _R.ERROR_REASON_PROFILE_REQUIRED),
+    errors.SessionAlreadyActive: (grpc.StatusCode.ALREADY_EXISTS, _R.ERROR_REASON_SESSION_ALREADY_ACTIVE),
+    errors.NoActiveSession: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_NO_ACTIVE_SESSION),
+    errors.ProfileNotFound: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_PROFILE_NOT_FOUND),
+    errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, _R.ERROR_REASON_DEADLINE_EXCEEDED),
+    errors.ShuttingDown: (grpc.StatusCode.UNAVAILABLE, _R.ERROR_REASON_SHUTTING_DOWN),
+    errors.StoreUnavailable: (grpc.StatusCode.UNAVAILABLE, _R.ERROR_REASON_STORE_UNAVAILABLE),
+    errors.Bug: (grpc.StatusCode.INTERNAL, _R.ERROR_REASON_INTERNAL),
+}
+_RETRY_DELAY = {
+    errors.ShuttingDown: datetime.timedelta(seconds=0.5),
+    errors.StoreUnavailable: datetime.timedelta(seconds=1),
+}
+
+
+def code(error: errors.SessionError) -> grpc.StatusCode:
+    """Give the gRPC code of an error."""
+    return _TABLE[type(error)][0]
+
+
+def reason(error: errors.SessionError) -> str:
+    """Give the name of an error's reason, without its prefix."""
+    return error_reason_pb2.ErrorReason.Name(_TABLE[type(error)][1]).removeprefix("ERROR_REASON_")
+
+
+def status(error: errors.SessionError) -> status_pb2.Status:
+    """Render an error: its code, its message, and the details of AIP-193."""
+    info = error_details_pb2.ErrorInfo(reason=reason(error), domain=DOMAIN, metadata=_metadata(error))
+    return status_pb2.Status(
+        code=code_pb2.Code.Value(code(error).name),
+        message=str(error),
+        details=[_packed(detail) for detail in (info, *_further(error))],
+    )
+
+
+def _metadata(error: errors.SessionError) -> dict[str, str]:
+    match error:
+        case errors.SessionAlreadyActive():
+            return {"session_id": str(error.session_id), "expire_time": _rfc3339(error.expires_at)}
+        case errors.Bug():
+            return {"error_id": error.error_id}
+    return {}
+
+
+def _further(error: errors.SessionError) -> list[message.Message]:
+    if type(error) in _RETRY_DELAY:
+        return [error_details_pb2.RetryInfo(retry_delay=_RETRY_DELAY[type(error)])]
+    match error:
+        case errors.InvalidRequest():
+            violations = [
+                error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
+                for each in error.violations
+            ]
+            return [error_details_pb2.BadRequest(field_violations=violations)]
+        case errors.ProfileRequired():
+            violation = error_details_pb2.PreconditionFailure.Violation(
+                type="PROFILE", subject=error.user_id, description=str(error)
+            )
+            return [error_details_pb2.PreconditionFailure(violations=[violation])]
+    return []
+
+
+def _packed(detail: message.Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+def _rfc3339(at: datetime.datetime) -> str:
+    return at.astimezone(datetime.UTC).isoformat().replace("+00:00", "Z")

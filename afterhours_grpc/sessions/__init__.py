@@ -1,0 +1,1 @@
+"""The domain: what a session is, who may have one, when it ends. No grpc, protobuf, SQL or Redis in here."""

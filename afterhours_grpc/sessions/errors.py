@@ -1,0 +1,86 @@
+"""Everything that a call can be refused for. The docstring is the message: what happened, and what to do about it."""
+
+import dataclasses
+import datetime
+
+from afterhours_grpc.sessions import session
+
+
+class SessionError(Exception):
+    """A call was refused."""
+
+    def __str__(self) -> str:
+        """Give the class's docstring, on one line."""
+        return " ".join((type(self).__doc__ or "").split())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Violation:
+    """A field, by its path in the request, and the rule that it breaks. Never the value of a coordinate."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(SessionError):
+    """The request is invalid."""
+
+    def __init__(self, violations: tuple[Violation, ...] = ()) -> None:
+        super().__init__()
+        self.violations = violations
+
+    def __str__(self) -> str:
+        """Name every violation, or say that the bytes are no message."""
+        if not self.violations:
+            return "The request cannot be decoded: send the message that the proto defines for this method."
+        told = "; ".join(f"{each.field}: {each.description}" for each in self.violations)
+        return f"The request is invalid: {told}."
+
+
+class RequestIdReused(SessionError):
+    """This request_id was applied with another body; take a new UUID for each call that is not a retry."""
+
+
+class ProfileRequired(SessionError):
+    """The user has no profile; put one by ProfileService.PutProfile, then start the session again."""
+
+    def __init__(self, user_id: session.UserId) -> None:
+        super().__init__()
+        self.user_id = user_id
+
+
+class SessionAlreadyActive(SessionError):
+    """The user has an active session; extend it, or end it before starting another."""
+
+    def __init__(self, session_id: session.SessionId, expires_at: datetime.datetime) -> None:
+        super().__init__()
+        self.session_id = session_id
+        self.expires_at = expires_at
+
+
+class NoActiveSession(SessionError):
+    """The user has no active session: it ended, it expired, or there never was one; start a new one."""
+
+
+class ProfileNotFound(SessionError):
+    """There is no profile of this user; put one by ProfileService.PutProfile."""
+
+
+class DeadlineExceeded(SessionError):
+    """The deadline passed before the call was answered; retry with the same request_id and a later deadline."""
+
+
+class ShuttingDown(SessionError):
+    """This server is shutting down and applied nothing; retry, another server answers."""
+
+
+class StoreUnavailable(SessionError):
+    """The database does not answer; retry with the same request_id, which tells what was applied."""
+
+
+class Bug(SessionError):
+    """The service has a bug; report the error_id, which its log explains. A retry with the same request_id is safe."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__()
+        self.error_id = error_id

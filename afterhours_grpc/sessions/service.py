@@ -1,0 +1,163 @@
+"""The use cases. Each transition is tried, and only what came back without an answer is explained, by one read."""
+
+import collections.abc
+import datetime
+import typing
+
+from afterhours_grpc.sessions import errors, location, session
+from afterhours_grpc.store import batching, database, store
+
+Answers = list[session.Session | Exception]
+
+
+class Timers(typing.Protocol):
+    """Where the expiry of a session is timed. It never fails: what it could not write is swept up later."""
+
+    async def set(
+        self, due: collections.abc.Sequence[tuple[session.SessionId, datetime.datetime]]
+    ) -> None:
+        """Time sessions, or move their timers to a later time."""
+
+    async def cancel(self, ids: collections.abc.Sequence[session.SessionId]) -> None:
+        """Drop the timers of sessions that ended."""
+
+
+class Sessions:
+    """Start, end, extend and get sessions, and keep their timers in step: commit, then set the timer."""
+
+    def __init__(self, store: store.Store, timers: Timers, fuzzer: location.Fuzzer) -> None:
+        self._store = store
+        self._timers = timers
+        self._fuzzer = fuzzer
+        self._starts = batching.Batcher(self._start, _keys)
+        self._ends = batching.Batcher(self._end, _keys)
+        self._extends = batching.Batcher(self._extend, _keys)
+        self._gets = batching.Batcher(self._get, lambda user_id: (user_id,))
+
+    async def start(self, call: session.Start) -> session.Session:
+        """Open a session, or raise RequestIdReused, ProfileRequired or SessionAlreadyActive."""
+        return await self._starts.submit(call)
+
+    async def end(self, call: session.End) -> session.Session:
+        """End the active session, or raise RequestIdReused or NoActiveSession."""
+        return await self._ends.submit(call)
+
+    async def extend(self, call: session.Extend) -> session.Session:
+        """Move the end of the active session, or raise RequestIdReused or NoActiveSession."""
+        return await self._extends.submit(call)
+
+    async def get(self, user_id: session.UserId) -> session.Session | None:
+        """Read the active session."""
+        return await self._gets.submit(user_id)
+
+    async def close(self) -> None:
+        """Wait until what was taken has been answered."""
+        for batcher in (self._starts, self._ends, self._extends):
+            await batcher.close()
+        await self._gets.close()
+
+    async def _start(self, calls: list[session.Start]) -> Answers:
+        candidates = [self._fuzzer.candidates(call.user_id, call.exact) for call in calls]
+        opened = await self._store.start(calls, candidates)
+        await self._timers.set([(each.id, each.expires_at) for each in opened if each])
+        return await self._explained(session.Method.START, calls, opened)
+
+    async def _end(self, calls: list[session.End]) -> Answers:
+        ended = await self._store.end(calls, session.EndReason.USER)
+        await self._timers.cancel([each.id for each in ended if each])
+        return await self._explained(session.Method.END, calls, ended)
+
+    async def _extend(self, calls: list[session.Extend]) -> Answers:
+        extended = await self._store.extend(calls)
+        await self._timers.set([(each.id, each.expires_at) for each in extended if each])
+        return await self._explained(session.Method.EXTEND, calls, extended)
+
+    async def _get(self, user_ids: list[session.UserId]) -> list[session.Session | None]:
+        return await self._store.get(user_ids)
+
+    async def _explained(
+        self,
+        method: session.Method,
+        calls: collections.abc.Sequence[store.Call],
+        found: list[session.Session | None],
+    ) -> Answers:
+        refused = [call for call, each in zip(calls, found, strict=True) if each is None]
+        reasons: collections.abc.Iterable[session.Session | Exception] = ()
+        if refused:
+            try:
+                explanations = await self._store.explain(method, refused)
+                reasons = [_why(method, *each) for each in zip(refused, explanations, strict=True)]
+            except (errors.StoreUnavailable, database.Retry) as error:
+                # The others were applied, and are told so.
+                reasons = [error] * len(refused)
+        reason = iter(reasons)
+        return [each or next(reason) for each in found]
+
+
+class Profiles:
+    """Put, get and delete profiles."""
+
+    def __init__(self, store: store.Store, timers: Timers) -> None:
+        self._store = store
+        self._timers = timers
+        # One statement a call, in a task that a cancelled caller leaves behind to finish.
+        self._puts = batching.Batcher(self._put, lambda profile: (profile.user_id,), most=1)
+        self._deletes = batching.Batcher(self._delete, lambda user_id: (user_id,), most=1)
+
+    async def put(self, profile: session.Profile) -> session.Profile:
+        """Create or replace a profile."""
+        return await self._puts.submit(profile)
+
+    async def get(self, user_id: session.UserId) -> session.Profile:
+        """Read a profile, or raise ProfileNotFound."""
+        profile = await self._store.get_profile(user_id)
+        if profile is None:
+            raise errors.ProfileNotFound
+        return profile
+
+    async def delete(self, user_id: session.UserId) -> None:
+        """Delete a profile and end its active session, or raise ProfileNotFound."""
+        await self._deletes.submit(user_id)
+
+    async def close(self) -> None:
+        """Wait until what was taken has been answered."""
+        await self._puts.close()
+        await self._deletes.close()
+
+    async def _put(self, profiles: list[session.Profile]) -> list[session.Profile]:
+        for profile in profiles:
+            await self._store.put_profile(profile)
+        return profiles
+
+    async def _delete(self, user_ids: list[session.UserId]) -> list[Exception | None]:
+        answers: list[Exception | None] = []
+        for user_id in user_ids:
+            found, ended = await self._store.delete_profile(user_id)
+            await self._timers.cancel(ended)
+            answers.append(None if found else errors.ProfileNotFound())
+        return answers
+
+
+def _keys(call: store.Call) -> tuple[collections.abc.Hashable, ...]:
+    """Give what two calls of one statement must not share."""
+    if call.request is None:
+        return (call.user_id,)
+    return (call.user_id, (call.request.caller, call.request.id))
+
+
+def _why(
+    method: session.Method, call: store.Call, explanation: store.Explanation
+) -> session.Session | Exception:
+    """Decide what a call without an answer is told, in the order of the contract's checks."""
+    kept = explanation.kept
+    if kept is not None:
+        same = call.request is not None and call.request.fingerprint == kept.fingerprint
+        return kept.session if same else errors.RequestIdReused()
+    if method is not session.Method.START:
+        return errors.NoActiveSession()
+    if not explanation.has_profile:
+        return errors.ProfileRequired(call.user_id)
+    if explanation.active is not None:
+        return errors.SessionAlreadyActive(*explanation.active)
+    # What stood against it is gone: a session that ended, or expired, between the two statements.
+    return database.Retry()

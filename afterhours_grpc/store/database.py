@@ -1,0 +1,148 @@
+"""Statements run on a pool of connections; whatever keeps Postgres from answering becomes `StoreUnavailable`."""
+
+import asyncio
+import collections.abc
+import contextlib
+import datetime
+import typing
+
+import asyncpg
+import sqlalchemy as sa
+import sqlalchemy.exc
+from sqlalchemy.dialects.postgresql import asyncpg as dialect
+from sqlalchemy.ext import asyncio as sa_asyncio
+
+from afterhours_grpc.sessions import errors
+
+# Seconds that a statement may take, and that a connection may take to be made: a silent server counts as an
+# unreachable one. The server gives up first, so that a lock it waits for costs a statement and no connection.
+STATEMENT_TIMEOUT = 4.0
+ANSWER_TIMEOUT = 4.5
+
+# The server's classes of being away: connection exception, insufficient resources, operator intervention (also
+# a statement that the server cancelled), and a primary that became read-only.
+_AWAY = ("08", "53", "57", "25006")
+# Nothing is wrong with the statement, it met another: serialization failure, deadlock, lock not available.
+_MET_ANOTHER = ("40001", "40P01", "55P03")
+
+
+class Retry(Exception):  # noqa: N818 - it is an instruction
+    """The statement was taken back because it met another one; run it again."""
+
+
+class Statement:
+    """SQL with named parameters, compiled once to the driver's `$1`, `$2`, …"""
+
+    def __init__(self, sql: str) -> None:
+        compiled = sa.text(sql).compile(dialect=dialect.dialect())
+        self.sql = str(compiled)
+        self.names: tuple[str, ...] = tuple(compiled.positiontup or ())
+
+
+Row = collections.abc.Mapping[str, typing.Any]
+Run = collections.abc.Callable[..., collections.abc.Awaitable[list[Row]]]
+
+
+class Database:
+    """A pool of at most `connections` connections to `url`, which asyncpg reads as libpq does."""
+
+    def __init__(self, url: str, *, connections: int = 16, application: str = "afterhours") -> None:
+        self.url = url
+        # Tests move the service's clock by this; see `transitions.NOW`.
+        self.clock_offset = datetime.timedelta()
+        settings = {
+            "application_name": application,
+            "timezone": "UTC",
+            "statement_timeout": str(int(STATEMENT_TIMEOUT * 1000)),
+            # A row that another holds costs its caller another try, and those in the same batch only this.
+            "lock_timeout": "500",
+            "idle_in_transaction_session_timeout": str(int(ANSWER_TIMEOUT * 1000)),
+            # Plans are cached while tables are small, and must stay right when they are not.
+            "enable_seqscan": "off",
+            "jit": "off",
+        }
+
+        async def connect() -> asyncpg.Connection:
+            return await asyncpg.connect(url, timeout=ANSWER_TIMEOUT, server_settings=settings)
+
+        # Statements run on the driver's connection, each in a transaction of its own, so there is nothing for the
+        # pool to roll back when it gets one again.
+        self._engine = sa_asyncio.create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=connect,
+            pool_size=connections,
+            max_overflow=0,
+            pool_timeout=ANSWER_TIMEOUT,
+            pool_reset_on_return=None,
+            hide_parameters=True,
+        )
+
+    @property
+    def checked_out(self) -> int:
+        """How many connections are in use."""
+        return typing.cast("sa.QueuePool", self._engine.pool).checkedout()
+
+    async def close(self) -> None:
+        """Close every connection; idempotent."""
+        await self._engine.dispose()
+
+    async def fetch(self, statement: Statement, **parameters: object) -> list[Row]:
+        """Run one statement in its own transaction. Raise `StoreUnavailable` or `Retry`."""
+        async with self._connection() as driver:
+            return await self._run(driver, statement, parameters)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> collections.abc.AsyncIterator[Run]:
+        """Give a `fetch` whose statements are committed together or not at all."""
+        async with self._connection() as driver:
+
+            async def run(statement: Statement, **parameters: object) -> list[Row]:
+                return await self._run(driver, statement, parameters)
+
+            # Not the driver's own transaction(), which waits for a ROLLBACK even of a server that fell silent.
+            await driver.execute("BEGIN")
+            try:
+                yield run
+                await driver.execute("COMMIT")
+            except asyncpg.PostgresError:
+                await driver.execute("ROLLBACK")
+                raise
+
+    async def _run(self, driver: asyncpg.Connection, statement: Statement, parameters: Row) -> list[Row]:
+        known = {**parameters, "clock_offset": self.clock_offset}
+        rows: list[Row] = await driver.fetch(statement.sql, *[known[name] for name in statement.names])
+        return rows
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> collections.abc.AsyncIterator[asyncpg.Connection]:
+        with _away_is_unavailable():
+            async with asyncio.timeout(ANSWER_TIMEOUT), self._engine.connect() as connection:
+                driver = (await connection.get_raw_connection()).driver_connection
+                while driver is None or driver.is_closed():  # lost while it lay in the pool
+                    await connection.invalidate()
+                    driver = (await connection.get_raw_connection()).driver_connection
+                try:
+                    yield driver
+                except asyncpg.PostgresError:
+                    raise
+                except BaseException:
+                    # In the middle of an answer, or of nowhere: such a connection serves nobody again. Not closed
+                    # but dropped, for a silent server does not answer a goodbye.
+                    driver.terminate()
+                    await connection.invalidate()
+                    raise
+
+
+@contextlib.contextmanager
+def _away_is_unavailable() -> collections.abc.Iterator[None]:
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        state = error.sqlstate or ""
+        if state.startswith(_AWAY):
+            raise errors.StoreUnavailable from error
+        if state in _MET_ANOTHER or error.as_dict().get("constraint_name") == "after_hours_requests_pkey":
+            raise Retry from error
+        raise
+    except (OSError, TimeoutError, asyncpg.InterfaceError, sqlalchemy.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        raise errors.StoreUnavailable from error

@@ -1,0 +1,80 @@
+"""The statements that read, write profiles, and clear away; see `transitions` for those that change sessions."""
+
+from afterhours_grpc.store import database, transitions
+
+GET = database.Statement(f"""
+SELECT asked.ordinal, s.*, clock.at AS as_of
+FROM (SELECT {transitions.NOW} AS at) AS clock
+CROSS JOIN unnest(CAST(:user_ids AS text[])) WITH ORDINALITY AS asked(user_id, ordinal)
+CROSS JOIN LATERAL (
+    SELECT {transitions.SESSION} FROM after_hours_sessions AS s
+    WHERE s.user_id = asked.user_id AND s.ended_at IS NULL AND s.expires_at > clock.at
+    LIMIT 1
+) AS s
+""")
+
+# Why a call came back without a row: the answer that it was given before, no profile, or an active session.
+EXPLAIN = database.Statement(f"""
+SELECT asked.ordinal, profile.found IS NOT NULL AS has_profile,
+    kept.*, active.id AS active_id, active.expires_at AS active_expires_at
+FROM (SELECT {transitions.NOW} AS at) AS clock
+CROSS JOIN unnest(CAST(:ordinals AS int[]), CAST(:user_ids AS text[]), CAST(:callers AS text[]),
+    CAST(:request_ids AS uuid[])) AS asked(ordinal, user_id, caller, request_id)
+LEFT JOIN LATERAL (
+    SELECT r.fingerprint, r.answered_at AS as_of, r.expires_at, r.ended_at, r.end_reason,
+        s.id, s.user_id, s.started_at, s.fuzzed_latitude, s.fuzzed_longitude, s.fuzz_radius_meters
+    FROM after_hours_requests AS r JOIN after_hours_sessions AS s ON s.id = r.session_id
+    WHERE r.caller = asked.caller AND r.method = :method AND r.request_id = asked.request_id
+    LIMIT 1
+) AS kept ON true
+LEFT JOIN LATERAL (
+    SELECT true AS found FROM after_hours_profiles WHERE user_id = asked.user_id LIMIT 1
+) AS profile ON true
+LEFT JOIN LATERAL (
+    SELECT s.id, s.expires_at FROM after_hours_sessions AS s
+    WHERE s.user_id = asked.user_id AND s.ended_at IS NULL AND s.expires_at > clock.at
+    LIMIT 1
+) AS active ON true
+""")
+
+PUT_PROFILE = database.Statement("""
+INSERT INTO after_hours_profiles AS p (user_id, premium_expires_at, identity_verified, location_consent)
+VALUES (:user_id, :premium_expires_at, :identity_verified, :location_consent)
+ON CONFLICT (user_id) DO UPDATE SET premium_expires_at = EXCLUDED.premium_expires_at,
+    identity_verified = EXCLUDED.identity_verified, location_consent = EXCLUDED.location_consent
+""")
+
+GET_PROFILE = database.Statement("""
+SELECT user_id, premium_expires_at, identity_verified, location_consent
+FROM after_hours_profiles WHERE user_id = :user_id
+""")
+
+DELETE_PROFILE = database.Statement("""
+DELETE FROM after_hours_profiles WHERE user_id = :user_id RETURNING user_id
+""")
+
+CLOCK = database.Statement(f"SELECT {transitions.NOW} AS at")
+
+# Keyset slices of what should have a timer, soonest first.
+ACTIVE_AFTER = database.Statement("""
+SELECT id, expires_at FROM after_hours_sessions
+WHERE ended_at IS NULL AND (expires_at, id) > (CAST(:expires_at AS timestamptz), CAST(:id AS uuid))
+ORDER BY expires_at, id LIMIT :most
+""")
+
+# Of these sessions, those that should have a timer.
+STILL_ACTIVE = database.Statement("""
+SELECT id FROM after_hours_sessions WHERE id = ANY(CAST(:ids AS uuid[])) AND ended_at IS NULL
+""")
+
+# Answers of more than a day ago, in bounded batches.
+FORGET_REQUESTS = database.Statement(f"""
+WITH forgotten AS MATERIALIZED (
+        SELECT caller, method, request_id FROM after_hours_requests
+        WHERE answered_at < (SELECT {transitions.NOW}) - interval '24 hours'
+        ORDER BY answered_at LIMIT :most FOR UPDATE SKIP LOCKED
+    )
+DELETE FROM after_hours_requests AS r USING forgotten
+WHERE (r.caller, r.method, r.request_id) = (forgotten.caller, forgotten.method, forgotten.request_id)
+RETURNING r.request_id
+""")

@@ -1,0 +1,110 @@
+"""The schema that the statements are written for. Migrations make it; `make check` compares them with this.
+
+The CHECKs tie dates to reasons, so that no statement, and no hand at a console, can store a session that is neither
+active nor properly ended.
+"""
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+metadata = sa.MetaData()
+
+profiles = sa.Table(
+    "after_hours_profiles",
+    metadata,
+    sa.Column("user_id", sa.Text, primary_key=True),
+    sa.Column("premium_expires_at", sa.TIMESTAMP(timezone=True)),
+    sa.Column("identity_verified", sa.Boolean, nullable=False),
+    sa.Column("location_consent", sa.Boolean, nullable=False),
+    sa.CheckConstraint("char_length(user_id) BETWEEN 1 AND 255", name="after_hours_profiles_user_id_length"),
+)
+
+sessions = sa.Table(
+    "after_hours_sessions",
+    metadata,
+    sa.Column("id", sa.Uuid, primary_key=True, server_default=sa.text("gen_random_uuid()")),
+    sa.Column("user_id", sa.Text, nullable=False),
+    sa.Column("started_at", sa.TIMESTAMP(timezone=True), nullable=False),
+    sa.Column("expires_at", sa.TIMESTAMP(timezone=True), nullable=False),
+    sa.Column("ended_at", sa.TIMESTAMP(timezone=True)),
+    sa.Column("end_reason", sa.Text),
+    # Exact, and erased some time after the end: the only columns that no statement returns.
+    sa.Column("latitude", sa.Double),
+    sa.Column("longitude", sa.Double),
+    sa.Column("fuzzed_latitude", sa.Double, nullable=False),
+    sa.Column("fuzzed_longitude", sa.Double, nullable=False),
+    sa.Column("fuzz_radius_meters", sa.Double, nullable=False),
+    # Which key made the fuzzed location, and which cell of its grid it stands for.
+    sa.Column("fuzz_key_version", sa.Integer, nullable=False),
+    sa.Column("fuzz_cell", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("char_length(user_id) BETWEEN 1 AND 255", name="after_hours_sessions_user_id_length"),
+    sa.CheckConstraint("expires_at > started_at", name="after_hours_sessions_expires_after_start"),
+    sa.CheckConstraint(
+        "ended_at BETWEEN started_at AND expires_at", name="after_hours_sessions_ends_within_its_time"
+    ),
+    sa.CheckConstraint(
+        "(ended_at IS NULL) = (end_reason IS NULL)", name="after_hours_sessions_ends_for_a_reason"
+    ),
+    sa.CheckConstraint(
+        "end_reason IN ('USER', 'EXPIRED', 'PROFILE_REMOVED', 'INELIGIBLE', 'ADMIN')",
+        name="after_hours_sessions_end_reason",
+    ),
+    sa.CheckConstraint(
+        "end_reason <> 'EXPIRED' OR ended_at = expires_at", name="after_hours_sessions_expires_on_time"
+    ),
+    sa.CheckConstraint(
+        "(latitude IS NULL) = (longitude IS NULL) AND (ended_at IS NOT NULL OR latitude IS NOT NULL)",
+        name="after_hours_sessions_exact_location",
+    ),
+    sa.CheckConstraint(
+        "latitude BETWEEN -90 AND 90 AND longitude BETWEEN -180 AND 180"
+        " AND fuzzed_latitude BETWEEN -90 AND 90 AND fuzzed_longitude BETWEEN -180 AND 180",
+        name="after_hours_sessions_coordinates",
+    ),
+)
+
+# The guarantee of at most one active session a user. Every find of an active session goes by it.
+sa.Index(
+    "after_hours_sessions_active",
+    sessions.c.user_id,
+    unique=True,
+    postgresql_where=sessions.c.ended_at.is_(None),
+)
+# What is due, soonest first.
+sa.Index(
+    "after_hours_sessions_due",
+    sessions.c.expires_at,
+    sessions.c.id,
+    postgresql_where=sessions.c.ended_at.is_(None),
+)
+# A user's history, newest first; its first row has the cell that the user was last shown in.
+sa.Index(
+    "after_hours_sessions_history",
+    sessions.c.user_id,
+    sessions.c.started_at.desc(),
+    sessions.c.id.desc(),
+)
+
+# The answer of each applied call that had a request_id: the session's columns that never change, and these as they were.
+requests = sa.Table(
+    "after_hours_requests",
+    metadata,
+    sa.Column("caller", sa.Text, primary_key=True),
+    sa.Column("method", sa.Text, primary_key=True),
+    sa.Column("request_id", sa.Uuid, primary_key=True),
+    sa.Column("fingerprint", postgresql.BYTEA, nullable=False),
+    sa.Column(
+        "session_id",
+        sa.Uuid,
+        sa.ForeignKey("after_hours_sessions.id", name="after_hours_requests_session", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("expires_at", sa.TIMESTAMP(timezone=True), nullable=False),
+    sa.Column("ended_at", sa.TIMESTAMP(timezone=True)),
+    sa.Column("end_reason", sa.Text),
+    sa.Column("answered_at", sa.TIMESTAMP(timezone=True), nullable=False),
+)
+# The oldest answers are forgotten first.
+sa.Index("after_hours_requests_answered", requests.c.answered_at)
+# What goes with a session when it is removed.
+sa.Index("after_hours_requests_by_session", requests.c.session_id)
