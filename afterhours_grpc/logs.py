@@ -34,7 +34,9 @@ def described(error: BaseException) -> dict[str, object]:
     while at is not None:
         types.append(type(at).__name__)
         at = at.__cause__ or at.__context__
-    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    frames = [
+        f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
+    ]
     return {
         "types": types,
         "frames": frames,
@@ -43,7 +45,5 @@ def described(error: BaseException) -> dict[str, object]:
     }
 
 
-def _without_nones(
-    _: object, __: str, event: structlog.typing.EventDict
-) -> structlog.typing.EventDict:
+def _without_nones(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     return {key: value for key, value in event.items() if value is not None}

@@ -244,6 +244,9 @@ def test_a_reused_pid_does_not_block_the_start(truth: postgres.Postgres) -> None
         pidfile.write_text(f"{stranger.pid}\n/nowhere\n1\n5432\n\n\n0 0\nready\n")
         truth.start()
         stranger.kill()
+    truth.stop()
+    pidfile.write_text("")  # killed while writing it
+    truth.start()
 
 
 def test_a_directory_has_one_user(truth: postgres.Postgres, timers: redis.Redis) -> None:

@@ -22,9 +22,7 @@ def generate(request: plugin_pb2.CodeGeneratorRequest) -> plugin_pb2.CodeGenerat
         out = pathlib.Path(folder, "out")
         out.mkdir()
         descriptors = pathlib.Path(folder, "descriptors.binpb")
-        descriptors.write_bytes(
-            descriptor_pb2.FileDescriptorSet(file=request.proto_file).SerializeToString()
-        )
+        descriptors.write_bytes(descriptor_pb2.FileDescriptorSet(file=request.proto_file).SerializeToString())
         arguments = [f"--descriptor_set_in={descriptors}", f"--grpc_python_out={out}"]
         if grpc_tools.protoc.main(["protoc", *arguments, *request.file_to_generate]):
             response.error = "grpc_tools.protoc failed"

@@ -161,7 +161,7 @@ class Postgres:
             with contextlib.suppress(OSError):
                 if Path(f"/proc/{pid.strip()}/cwd").samefile(self._engine.data):
                     raise process.EngineError(f"{self._engine.directory} is in use by process {pid.strip()}")
-            (self._engine.data / "postmaster.pid").unlink()
+        (self._engine.data / "postmaster.pid").unlink(missing_ok=True)
 
 
 def _programs(bindir: Path | None) -> Path:

@@ -41,7 +41,7 @@ SOCKET_TIMEOUT = 0.5
 _CLAIM_LUA = """
 local due = redis.call('ZRANGE', KEYS[1], '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[3])
 for _, id in ipairs(due) do redis.call('ZADD', KEYS[1], ARGV[2], id) end
-return {due, redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2]}
+return {due, redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2] or 'inf'}
 """
 
 # ARGV: id, claimed score, new score or '' to remove it, and so on. Whoever changed the score since owns the job.
@@ -95,9 +95,7 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
     `passed` is called at each look, for a watchdog. Jobs are added by `Timers`, from the event loop.
     """
 
-    def __init__(
-        self, url: str, clock: clock.Clock, passed: collections.abc.Callable[[], None]
-    ) -> None:
+    def __init__(self, url: str, clock: clock.Clock, passed: collections.abc.Callable[[], None]) -> None:
         super().__init__()
         self._redis = redis.Redis.from_url(
             url,
@@ -153,7 +151,7 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
             self._failed(error)
             return [], LEASE
         self._away = False
-        wait = 0.0 if len(due) == room else max(0.0, min(LEASE, float(first or "inf") - at))
+        wait = 0.0 if len(due) == room else max(0.0, min(LEASE, float(first) - at))
         return [id for id in due if session_id(id)], wait
 
     def _failed(self, error: redis.exceptions.RedisError) -> None:

@@ -90,16 +90,15 @@ class Reconciler:
         return len(stale)
 
     async def run(self) -> None:
-        """Run every interval, until cancelled. A Postgres that is away is tried again at the next."""
-        began = time.monotonic()
+        """Run now and every interval, until cancelled. A Postgres that is away is tried again at the next."""
         while True:
-            await asyncio.sleep(max(0.0, began + self._interval - time.monotonic()))
             began = time.monotonic()
             try:
                 swept = await self.run_once()
             except (errors.StoreUnavailable, database.Retry) as error:
                 log.warning("sweep_delayed", error=type(error).__name__)
-                continue
-            metrics.EXPIRED.inc(swept.closed)
-            if swept != Swept(closed=0):
-                log.info("swept", **dataclasses.asdict(swept))
+            else:
+                metrics.EXPIRED.inc(swept.closed)
+                if swept != Swept(closed=0):
+                    log.info("swept", **dataclasses.asdict(swept))
+            await asyncio.sleep(max(0.0, began + self._interval - time.monotonic()))

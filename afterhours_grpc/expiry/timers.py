@@ -66,6 +66,8 @@ class Timers:
         self._jobs = jobstore.JobStore(url, clock, self._passed)
         self._scheduler = background.BackgroundScheduler(
             timezone=datetime.UTC,
+            # After an exception in the job store, which raises none, look again as soon as ever.
+            jobstore_retry_interval=jobstore.LEASE,
             jobstores={"default": self._jobs},
             executors={"default": jobstore.HandOver(self._receive)},
         )

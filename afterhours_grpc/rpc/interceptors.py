@@ -1,5 +1,7 @@
 """The boundary of every call of ours: errors become statuses once, a log line once, metrics once."""
 
+from __future__ import annotations
+
 import asyncio
 import collections.abc
 import time
@@ -20,7 +22,10 @@ log = structlog.get_logger()
 # Seconds that no call waits longer for Postgres, whatever its deadline.
 LONGEST_WAIT = 5.0
 
-_Handler = collections.abc.Callable[[typing.Any, grpc.aio.ServicerContext], collections.abc.Awaitable[typing.Any]]
+_Context: typing.TypeAlias = "grpc.aio.ServicerContext[typing.Any, typing.Any]"
+_MethodHandler: typing.TypeAlias = "grpc.RpcMethodHandler[typing.Any, typing.Any]"
+_Decode = collections.abc.Callable[[bytes], typing.Any]
+_Behaviour = collections.abc.Callable[[typing.Any, "_Context"], collections.abc.Awaitable[typing.Any]]
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -31,7 +36,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def __init__(self, services: collections.abc.Collection[str]) -> None:
         self._prefixes = tuple(f"/{name}/" for name in services)
-        self._wrapped: dict[str, grpc.RpcMethodHandler[typing.Any, typing.Any]] = {}
+        self._wrapped: dict[str, _MethodHandler] = {}
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -41,18 +46,19 @@ class Boundary(grpc.aio.ServerInterceptor):
         """Refuse calls from now on."""
         self._draining = True
 
-    async def idle(self) -> None:
-        """Wait until no call is in flight."""
+    async def idle_for(self, pause: float) -> None:
+        """Wait for `pause` seconds, in which those who come late are told, and until no call is in flight."""
+        await asyncio.sleep(pause)
         await self._idle.wait()
 
     async def intercept_service(
         self,
         continuation: collections.abc.Callable[
             [grpc.HandlerCallDetails],
-            collections.abc.Awaitable[grpc.RpcMethodHandler[typing.Any, typing.Any]],
+            collections.abc.Awaitable[_MethodHandler],
         ],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[typing.Any, typing.Any]:
+    ) -> _MethodHandler:
         """Give the method's handler, wrapped."""
         method = handler_call_details.method
         if method in self._wrapped:
@@ -69,10 +75,10 @@ class Boundary(grpc.aio.ServerInterceptor):
     def _wrap(
         self,
         method: str,
-        behaviour: _Handler,
-        decode: collections.abc.Callable[[bytes], typing.Any],
-    ) -> _Handler:
-        async def call(raw: bytes, context: grpc.aio.ServicerContext) -> typing.Any:
+        behaviour: _Behaviour,
+        decode: _Decode,
+    ) -> _Behaviour:
+        async def call(raw: bytes, context: _Context) -> typing.Any:
             began = time.perf_counter()
             request: typing.Any = None
             error: errors.SessionError | None = None
@@ -99,7 +105,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _admit(self, raw: bytes, decode: collections.abc.Callable[[bytes], typing.Any]) -> typing.Any:
+    def _admit(self, raw: bytes, decode: _Decode) -> typing.Any:
         if self._draining:
             raise errors.ShuttingDown
         try:
@@ -108,7 +114,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             raise errors.InvalidRequest from None
 
 
-async def _within(behaviour: _Handler, request: typing.Any, context: grpc.aio.ServicerContext) -> typing.Any:
+async def _within(behaviour: _Behaviour, request: typing.Any, context: _Context) -> typing.Any:
     """Answer within the call's deadline and LONGEST_WAIT, whichever is shorter."""
     remaining = context.time_remaining()
     in_time = remaining is None or remaining > LONGEST_WAIT

@@ -105,9 +105,7 @@ def request_id(request: object) -> str | None:
     return found if found and _UUID.fullmatch(found) else None
 
 
-def start(
-    request: session_service_pb2.StartSessionRequest, caller: str, allowed: Durations
-) -> session.Start:
+def start(request: session_service_pb2.StartSessionRequest, caller: str, allowed: Durations) -> session.Start:
     """Parse, or raise InvalidRequest."""
     form = _Form()
     parsed = session.Start(

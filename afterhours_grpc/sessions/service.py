@@ -13,9 +13,7 @@ Answers = list[session.Session | Exception]
 class Timers(typing.Protocol):
     """Where the expiry of a session is timed. It never fails: what it could not write is swept up later."""
 
-    async def set(
-        self, due: collections.abc.Sequence[tuple[session.SessionId, datetime.datetime]]
-    ) -> None:
+    async def set(self, due: collections.abc.Sequence[tuple[session.SessionId, datetime.datetime]]) -> None:
         """Time sessions, or move their timers to a later time."""
 
     async def cancel(self, ids: collections.abc.Sequence[session.SessionId]) -> None:

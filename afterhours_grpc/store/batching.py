@@ -128,7 +128,9 @@ class Batcher(typing.Generic[Call, Answer]):
             return entries
         except errors.SessionError as error:
             answers = [error] * len(entries)
-        except Exception as error:  # one call's fault, or ours: it is told to those that it concerns, who log it
+        except (
+            Exception
+        ) as error:  # one call's fault, or ours: it is told to those that it concerns, who log it
             if len(entries) > 1:
                 return entries
             answers = [error]

@@ -144,5 +144,11 @@ def _away_is_unavailable() -> collections.abc.Iterator[None]:
         if state in _MET_ANOTHER or error.as_dict().get("constraint_name") == "after_hours_requests_pkey":
             raise Retry from error
         raise
-    except (OSError, TimeoutError, asyncpg.InterfaceError, sqlalchemy.exc.DBAPIError, sa.exc.TimeoutError) as error:
+    except (
+        OSError,
+        TimeoutError,
+        asyncpg.InterfaceError,
+        sqlalchemy.exc.DBAPIError,
+        sa.exc.TimeoutError,
+    ) as error:
         raise errors.StoreUnavailable from error

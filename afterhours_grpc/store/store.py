@@ -97,9 +97,7 @@ class Store:
         )
         return _by_ordinal(rows, len(calls))
 
-    async def get(
-        self, user_ids: collections.abc.Sequence[session.UserId]
-    ) -> list[session.Session | None]:
+    async def get(self, user_ids: collections.abc.Sequence[session.UserId]) -> list[session.Session | None]:
         """Read active sessions. None: none active."""
         rows = await self._database.fetch(queries.GET, user_ids=list(user_ids))
         return _by_ordinal(rows, len(user_ids))
@@ -157,9 +155,7 @@ class Store:
         rows = await self._database.fetch(queries.ACTIVE_AFTER, expires_at=expires_at, id=id, most=most)
         return [(row["id"], row["expires_at"]) for row in rows]
 
-    async def still_active(
-        self, ids: collections.abc.Sequence[session.SessionId]
-    ) -> set[session.SessionId]:
+    async def still_active(self, ids: collections.abc.Sequence[session.SessionId]) -> set[session.SessionId]:
         """Read which of these sessions are open."""
         rows = await self._database.fetch(queries.STILL_ACTIVE, ids=list(ids))
         return {row["id"] for row in rows}

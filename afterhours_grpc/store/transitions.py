@@ -65,8 +65,13 @@ _KEPT = """
 # START: the profile is locked against its removal; an overdue session is closed by the start that would trip on it; the
 # last place shown is shown again if it is among the candidates.
 START = database.Statement(f"""
-WITH {_fresh(", duration, latitude, longitude", ''',
-                CAST(:durations AS interval[]), CAST(:latitudes AS float8[]), CAST(:longitudes AS float8[])''')},
+WITH {
+    _fresh(
+        ", duration, latitude, longitude",
+        ''',
+                CAST(:durations AS interval[]), CAST(:latitudes AS float8[]), CAST(:longitudes AS float8[])''',
+    )
+},
     eligible AS MATERIALIZED (
         SELECT fresh.* FROM fresh CROSS JOIN LATERAL (
             SELECT true FROM after_hours_profiles AS p WHERE p.user_id = fresh.user_id LIMIT 1 FOR SHARE

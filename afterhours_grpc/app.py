@@ -1,0 +1,163 @@
+"""The composition root: one context manager builds the service in order, and tears it down in reverse."""
+
+import asyncio
+import collections.abc
+import contextlib
+import time
+
+import asyncpg
+import prometheus_client
+import structlog
+import tenacity
+
+from afterhours_grpc import background, metrics, settings
+from afterhours_grpc.expiry import clock, reconciler, timers
+from afterhours_grpc.rpc import server, wire
+from afterhours_grpc.sessions import errors, location, service
+from afterhours_grpc.store import database, schema, store
+
+log = structlog.get_logger()
+
+# Seconds for which Postgres may be unreachable at the start, and later before health says NOT_SERVING.
+_PATIENCE_AT_START = 10
+_PATIENCE = 5.0
+# Seconds between two looks at Postgres and at the scheduler, and that a look may take.
+_LOOK = 1.0
+# Seconds for which new calls are told that the server is shutting down, before its port closes.
+_FAREWELL = 0.5
+# Of the longest time from SIGTERM to exit, the share in which calls in flight may end.
+_DRAINING = 0.7
+
+
+class StartError(Exception):
+    """The service cannot start; the message is one line and says what to do."""
+
+
+class Service:
+    """A running service, at `address`."""
+
+    def __init__(
+        self,
+        database: database.Database,
+        store: store.Store,
+        server: server.Server,
+        timers: timers.Timers,
+        reconciler: reconciler.Reconciler,
+        address: str,
+    ) -> None:
+        self.database = database
+        self.address = address
+        # Set when something died that only a new process brings back.
+        self.failed = asyncio.Event()
+        self._store = store
+        self._server = server
+        self._timers = timers
+        self._reconciler = reconciler
+
+    async def watch(self) -> None:
+        """Keep health honest: SERVING while Postgres answers, once what is overdue has been closed."""
+        answered = time.monotonic()
+        serving = True
+        while True:
+            await asyncio.sleep(_LOOK)
+            if not self._timers.alive:
+                log.error("scheduler_died")
+                self.failed.set()
+            try:
+                async with asyncio.timeout(_LOOK):
+                    await self._store.clock()
+                if not serving:
+                    await self._reconciler.close_overdue()
+                    log.info("serving_again")
+                    serving = True
+                answered = time.monotonic()
+            except (errors.StoreUnavailable, database.Retry, TimeoutError):
+                away = time.monotonic() - answered
+                if serving and away > _PATIENCE:
+                    serving = False
+                    log.error("postgres_unreachable", seconds=round(away, 1))
+            await self._server.serving(serving)
+
+
+@contextlib.asynccontextmanager
+async def running(config: settings.Settings) -> collections.abc.AsyncIterator[Service]:
+    """Run the service: SERVING when entered; drained, then closed when left. Raise StartError or SettingsError."""
+    config.check()
+    assert config.database_url and config.fuzz_key  # noqa: S101, PT018 - checked just now
+    async with contextlib.AsyncExitStack() as stack:
+        db = database.Database(config.database_url)
+        stack.push_async_callback(db.close)
+        session_store = store.Store(db)
+        database_clock = clock.Clock()
+        job_timers = timers.Timers(config.redis_url, session_store, database_clock)
+        stack.push_async_callback(job_timers.close)
+        sweeper = reconciler.Reconciler(session_store, job_timers, database_clock, config.reconcile_interval)
+        await _ready(config.database_url, sweeper)
+
+        tasks = background.Background()
+        stack.push_async_callback(tasks.stop)
+        tasks.keep("timer writes", job_timers.write)
+        tasks.keep("timer fires", job_timers.fire)
+        tasks.keep("reconciler", sweeper.run)
+        job_timers.start()
+        stack.push_async_callback(asyncio.to_thread, job_timers.stop)
+        if config.metrics_listen:
+            stack.callback(_export(config.metrics_listen))
+
+        sessions = service.Sessions(session_store, job_timers, location.Fuzzer(config.fuzz_key))
+        stack.push_async_callback(sessions.close)
+        profiles = service.Profiles(session_store, job_timers)
+        stack.push_async_callback(profiles.close)
+        durations = wire.Durations(config.durations)
+        grpc_server = server.Server(sessions, profiles, durations, with_reflection=config.reflection)
+        stack.push_async_callback(grpc_server.stop, _FAREWELL)
+        address = await _listening(grpc_server, *config.listen)
+        await grpc_server.serving(True)
+        built = Service(db, session_store, grpc_server, job_timers, sweeper, address)
+        watch = tasks.keep("watch", built.watch)
+        try:
+            yield built
+        finally:
+            watch.cancel()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(config.drain.total_seconds() * _DRAINING):
+                    await grpc_server.drain(_FAREWELL)
+
+
+async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
+    """Wait for Postgres, check its schema, and close what is overdue. Raise StartError."""
+    away = (OSError, TimeoutError, asyncpg.CannotConnectNowError, errors.StoreUnavailable)
+    try:
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(away),
+            wait=tenacity.wait_fixed(0.2),
+            stop=tenacity.stop_after_delay(_PATIENCE_AT_START),
+            reraise=True,
+        ):
+            with attempt:
+                await schema.check(url)
+                await sweeper.close_overdue()
+    except schema.SchemaError as error:
+        raise StartError(str(error)) from error
+    except (*away, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+        raise StartError(
+            f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs"
+        ) from error
+
+
+async def _listening(grpc_server: server.Server, host: str, port: int) -> str:
+    try:
+        return f"{host}:{await grpc_server.start(host, port)}"
+    except OSError:
+        raise StartError(f"cannot listen on {host}:{port}: set AFTERHOURS_LISTEN to a free address") from None
+
+
+def _export(address: tuple[str, int]) -> collections.abc.Callable[[], None]:
+    host, port = address
+    try:
+        exporter, _ = prometheus_client.start_http_server(port, host, registry=metrics.REGISTRY)
+    except OSError:
+        raise StartError(
+            f"cannot listen on {host}:{port}: set AFTERHOURS_METRICS_LISTEN to a free address"
+        ) from None
+    return exporter.shutdown

@@ -1,0 +1,169 @@
+"""`call`: a client for people. Prints an answer that can be read, or with --json the message itself."""
+
+import collections.abc
+import contextlib
+import json
+import typing
+import uuid
+
+import grpc
+import typer
+from afterhours.v1 import session_pb2, session_service_pb2, session_service_pb2_grpc
+from google.protobuf import duration_pb2, json_format, message
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from afterhours_grpc import settings
+
+app = typer.Typer(help="Call a server, as a person would.", no_args_is_help=True)
+
+User = typing.Annotated[str, typer.Argument(help="The user's id.", metavar="USER")]
+Target = typing.Annotated[
+    str | None,
+    typer.Option(help="host:port of the server; by default AFTERHOURS_LISTEN.", show_default=False),
+]
+Json = typing.Annotated[bool, typer.Option("--json", help="Print the answer, or the error, as JSON.")]
+Timeout = typing.Annotated[float, typer.Option(help="Deadline in seconds.")]
+RequestId = typing.Annotated[
+    str | None, typer.Option(help="A UUID that makes a retry safe; a new one by default.", show_default=False)
+]
+Length = typing.Annotated[
+    str, typer.Option(help="How long: 15m, 30m or 60m, unless the operator says otherwise.")
+]
+
+
+@app.command()
+def start(
+    user: User,
+    latitude: typing.Annotated[float, typer.Option(help="Degrees, WGS 84.")],
+    longitude: typing.Annotated[float, typer.Option(help="Degrees, WGS 84.")],
+    duration: Length = "15m",
+    request_id: RequestId = None,
+    target: Target = None,
+    timeout: Timeout = 5,
+    as_json: Json = False,
+) -> None:
+    """Open the user's session."""
+    request = session_service_pb2.StartSessionRequest(
+        user_id=user,
+        duration=_duration(duration),
+        location=session_pb2.Location(latitude=latitude, longitude=longitude),
+        request_id=request_id or str(uuid.uuid4()),
+    )
+    with _stub(target, as_json) as stub:
+        _tell(stub.StartSession(request, timeout=timeout), as_json)
+
+
+@app.command()
+def end(
+    user: User,
+    request_id: RequestId = None,
+    target: Target = None,
+    timeout: Timeout = 5,
+    as_json: Json = False,
+) -> None:
+    """End the user's active session."""
+    request = session_service_pb2.EndSessionRequest(user_id=user, request_id=request_id or str(uuid.uuid4()))
+    with _stub(target, as_json) as stub:
+        _tell(stub.EndSession(request, timeout=timeout), as_json)
+
+
+@app.command()
+def extend(
+    user: User,
+    additional_duration: Length = "15m",
+    request_id: RequestId = None,
+    target: Target = None,
+    timeout: Timeout = 5,
+    as_json: Json = False,
+) -> None:
+    """Move the end of the user's active session."""
+    request = session_service_pb2.ExtendSessionRequest(
+        user_id=user,
+        additional_duration=_duration(additional_duration),
+        request_id=request_id or str(uuid.uuid4()),
+    )
+    with _stub(target, as_json) as stub:
+        _tell(stub.ExtendSession(request, timeout=timeout), as_json)
+
+
+@app.command()
+def get(user: User, target: Target = None, timeout: Timeout = 5, as_json: Json = False) -> None:
+    """Show the user's active session."""
+    with _stub(target, as_json) as stub:
+        response = stub.GetSession(session_service_pb2.GetSessionRequest(user_id=user), timeout=timeout)
+        _tell(response, as_json)
+
+
+def _duration(text: str) -> duration_pb2.Duration:
+    try:
+        length = settings.length(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}") from None
+    duration = duration_pb2.Duration()
+    duration.FromTimedelta(length)
+    return duration
+
+
+@contextlib.contextmanager
+def _stub(
+    target: str | None, as_json: bool
+) -> collections.abc.Iterator[session_service_pb2_grpc.SessionServiceStub]:
+    """Give a stub; tell a failed call, and end with exit status 1."""
+    try:
+        address = target or "{}:{}".format(*settings.load({}).listen)
+    except settings.SettingsError as error:
+        typer.echo(f"afterhours-grpc: {error}", err=True)
+        raise typer.Exit(1) from None
+    with grpc.insecure_channel(address) as channel:
+        try:
+            yield session_service_pb2_grpc.SessionServiceStub(channel)
+        except grpc.RpcError as error:
+            _tell_failure(typing.cast("grpc.Call", error), address, as_json)
+            raise typer.Exit(1) from None
+
+
+def _tell(response: message.Message, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json_format.MessageToJson(response, always_print_fields_with_no_presence=True))
+        return
+    if not response.HasField("session"):
+        typer.echo("no active session")
+        return
+    session: session_pb2.Session = response.session  # type: ignore[attr-defined]
+    state = session_pb2.SessionState.Name(session.state).removeprefix("SESSION_STATE_").lower()
+    typer.echo(f"session {session.id} of {session.user_id} is {state}")
+    typer.echo(f"  started    {session.start_time.ToJsonString()}")
+    typer.echo(f"  expires    {session.expire_time.ToJsonString()}")
+    if session.HasField("end_time"):
+        reason = session_pb2.EndReason.Name(session.end_reason).removeprefix("END_REASON_")
+        typer.echo(f"  ended      {session.end_time.ToJsonString()} ({reason})")
+    else:
+        typer.echo(f"  remaining  {session.remaining.ToTimedelta()}")
+    shown = session.fuzzed_location
+    typer.echo(f"  shown at   {shown.latitude}, {shown.longitude}, within {session.fuzz_radius_meters:.0f} m")
+
+
+def _tell_failure(call: grpc.Call, address: str, as_json: bool) -> None:
+    code, told = call.code().name, call.details() or ""
+    info, violations = _details(call)
+    if not info.reason and call.code() is grpc.StatusCode.UNAVAILABLE:
+        told = f"Nobody answers at {address}; start a server there by `afterhours-grpc dev`, or choose another by --target."
+    if as_json:
+        failure = {"code": code, "reason": info.reason, "message": told, "metadata": dict(info.metadata)}
+        typer.echo(json.dumps({**failure, "violations": violations}, indent=2))
+        return
+    typer.echo(" ".join(part for part in (code, info.reason) if part), err=True)
+    typer.echo(told, err=True)
+    for name, value in sorted(info.metadata.items()):
+        typer.echo(f"  {name}: {value}", err=True)
+
+
+def _details(call: grpc.Call) -> tuple[error_details_pb2.ErrorInfo, dict[str, str]]:
+    """Give what the service said of the failure; all empty for an error that is not its own."""
+    info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    status = rpc_status.from_call(call)
+    for detail in status.details if status else ():
+        detail.Unpack(info)
+        detail.Unpack(request)
+    return info, {each.field: each.description for each in request.field_violations}

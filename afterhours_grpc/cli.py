@@ -1,0 +1,219 @@
+"""The commands. Every setting is also a flag of the commands that serve."""
+
+import asyncio
+import collections.abc
+import contextlib
+import inspect
+import os
+import pathlib
+import secrets
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import typing
+
+import asyncpg
+import typer
+
+from afterhours_grpc import app as service_app
+from afterhours_grpc import calls, logs, settings
+from afterhours_grpc.embedded import postgres, process, redis
+from afterhours_grpc.sessions import session
+from afterhours_grpc.store import database, schema, store
+
+app = typer.Typer(
+    help="Afterhours: sessions that end by themselves, on time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(calls.app, name="call")
+
+DEMO = session.UserId("demo")
+
+
+def _refuse(error: object) -> typing.NoReturn:
+    """End with one line and exit status 1."""
+    sys.stderr.write(f"afterhours-grpc: {error}\n")
+    raise typer.Exit(1)
+
+
+def _with_settings(command: collections.abc.Callable[..., None]) -> collections.abc.Callable[..., None]:
+    """Give a command, beside its own parameters, a flag for each setting; it gets those that were given."""
+    own = [each for each in inspect.signature(command).parameters.values() if each.name != "flags"]
+    fields = settings.Settings.model_fields
+    generated = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=typing.Annotated[
+                str | None,
+                typer.Option(
+                    f"--{name.replace('_', '-')}",
+                    help=f"{field.description} [{field.validation_alias}]",
+                    show_default=False,
+                ),
+            ],
+        )
+        for name, field in fields.items()
+    ]
+
+    def run(**arguments: typing.Any) -> None:
+        flags = {
+            str(fields[name].validation_alias): value
+            for name, value in arguments.items()
+            if name in fields and value is not None
+        }
+        command(flags=flags, **{each.name: arguments[each.name] for each in own})
+
+    parameters = [*(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own), *generated]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+@app.command()
+@_with_settings
+def serve(flags: dict[str, str]) -> None:
+    """Serve on DATABASE_URL and REDIS_URL until SIGTERM."""
+    try:
+        config = settings.load(flags)
+        logs.configure(config.log_format)
+        failed = asyncio.run(_serve(config))
+    except (settings.SettingsError, service_app.StartError) as error:
+        _refuse(error)
+    raise typer.Exit(failed)
+
+
+@app.command()
+@_with_settings
+def migrate(flags: dict[str, str]) -> None:
+    """Bring the database to the newest schema; safe to run twice, and by two at once."""
+    try:
+        url = settings.load(flags).database_url
+        if not url:
+            _refuse("DATABASE_URL is not set: set it to postgresql://…")
+        version = asyncio.run(schema.migrate(url))
+    except (settings.SettingsError, schema.SchemaError) as error:
+        _refuse(error)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+        _refuse(
+            f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs"
+        )
+    typer.echo(f"the schema is at version {version}")
+
+
+@app.command()
+@_with_settings
+def dev(
+    flags: dict[str, str],
+    data_dir: typing.Annotated[
+        pathlib.Path | None, typer.Option(help="Where data is kept between runs.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve on a Postgres and a Redis of its own, with a profile for the user demo."""
+    directory = (data_dir or _data_dir()).resolve()
+    try:
+        flags = {"AFTERHOURS_AUTH": "none", "AFTERHOURS_FUZZ_KEY": _fuzz_key(directory), **flags}
+        bindir = settings.load(flags).postgres_bin
+        with (
+            postgres.Postgres(directory / "postgres", bindir=bindir) as truth,
+            redis.Redis(directory / "redis") as timers,
+        ):
+            config = settings.load({**flags, "DATABASE_URL": truth.url, "REDIS_URL": timers.url})
+            config.check()
+            logs.configure(config.log_format)
+            typer.echo(f"data      {directory}\nPostgres  {truth.url}\nRedis     {timers.url}")
+            failed = asyncio.run(_dev(config, truth.url))
+    except (process.EngineError, settings.SettingsError, service_app.StartError, schema.SchemaError) as error:
+        _refuse(error)
+    except OSError as error:
+        _refuse(f"{directory} cannot be used ({error.strerror}): choose another by --data-dir")
+    raise typer.Exit(failed)
+
+
+def _data_dir() -> pathlib.Path:
+    # Root's home is closed to the user that Postgres runs as.
+    return (
+        pathlib.Path("/var/lib/afterhours")
+        if os.geteuid() == 0
+        else pathlib.Path.home() / ".local/share/afterhours"
+    )
+
+
+def _fuzz_key(directory: pathlib.Path) -> str:
+    """Give the fuzz key that is kept with the data, made at the first run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = directory / "fuzz_key"
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"1:{secrets.token_urlsafe(32)}")
+    return kept.read_text()
+
+
+async def _dev(config: settings.Settings, url: str) -> int:
+    await schema.migrate(url)
+    db = database.Database(url)
+    try:
+        profiles = store.Store(db)
+        if await profiles.get_profile(DEMO) is None:
+            await profiles.put_profile(session.Profile(DEMO, identity_verified=True, location_consent=True))
+    finally:
+        await db.close()
+    return await _serve(config, _greet)
+
+
+async def _serve(
+    config: settings.Settings, greet: collections.abc.Callable[[str], None] = lambda _: None
+) -> int:
+    """Serve until SIGTERM or SIGINT; give the exit status."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    async with contextlib.AsyncExitStack() as stack:
+        starting = asyncio.create_task(stack.enter_async_context(service_app.running(config)))
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return 0
+        running = starting.result()
+        typer.echo(f"listening on {running.address}")
+        greet(running.address)
+        failed = asyncio.create_task(running.failed.wait())
+        await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+        status = int(running.failed.is_set())
+        # Whatever hangs, the process ends in time.
+        limit = threading.Timer(config.drain.total_seconds(), os._exit, (status,))
+        limit.daemon = True
+        limit.start()
+    return status
+
+
+def _greet(address: str) -> None:
+    body = '{"user_id": "demo", "duration": "900s", "location": {"latitude": 52.5163, "longitude": 13.3777}}'
+    method = "afterhours.v1.SessionService/StartSession"
+    typer.echo(
+        f"""
+Try it in another terminal:
+
+  {_program("afterhours-grpc")} call start demo --latitude 52.5163 --longitude 13.3777 --target {address}
+  {_program("afterhours-grpc")} call get demo --target {address}
+  {_program("grpcurl")} -plaintext -d {shlex.quote(body)} {address} {method}
+"""
+    )
+
+
+def _program(name: str) -> str:
+    """Give a program as it can be called from here: by name, or by its path beside our interpreter."""
+    beside = pathlib.Path(sys.prefix) / "bin" / name
+    found = shutil.which(name)
+    if not beside.exists() or (found and pathlib.Path(found).samefile(beside)):
+        return name
+    return shlex.quote(os.path.relpath(beside))

@@ -1,0 +1,89 @@
+"""The gRPC server: our services behind the boundary, health and reflection beside them."""
+
+import grpc
+from afterhours.v1 import (
+    profile_service_pb2,
+    profile_service_pb2_grpc,
+    session_service_pb2,
+    session_service_pb2_grpc,
+)
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from afterhours_grpc.rpc import interceptors, servicers, wire
+from afterhours_grpc.sessions import service
+
+NAMES = (
+    session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
+    profile_service_pb2.DESCRIPTOR.services_by_name["ProfileService"].full_name,
+)
+_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+
+class Server:
+    """A grpc.aio server. Health `""` says that the process lives; the services' own names say whether they serve."""
+
+    def __init__(
+        self,
+        sessions: service.Sessions,
+        profiles: service.Profiles,
+        durations: wire.Durations,
+        *,
+        with_reflection: bool,
+    ) -> None:
+        self._boundary = interceptors.Boundary(NAMES)
+        # One process has the port to itself: with SO_REUSEPORT a second one would silently take half of the calls.
+        self._server = grpc.aio.server(interceptors=[self._boundary], options=[("grpc.so_reuseport", 0)])
+        session_service_pb2_grpc.add_SessionServiceServicer_to_server(
+            servicers.SessionServicer(sessions, durations), self._server
+        )
+        profile_service_pb2_grpc.add_ProfileServiceServicer_to_server(
+            servicers.ProfileServicer(profiles), self._server
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if with_reflection:
+            self._reflect()
+
+    def _reflect(self) -> None:
+        names = (*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME, _REFLECTION_V1)
+        servicer = reflection.aio.ReflectionServicer(service_names=names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self._server)
+        # v1 differs from v1alpha by the name alone, and grpcio-reflection has none of it.
+        handler = grpc.stream_stream_rpc_method_handler(
+            servicer.ServerReflectionInfo,
+            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
+        methods = {"ServerReflectionInfo": handler}
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(_REFLECTION_V1, methods),)
+        )
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen, and give the port. Nothing is SERVING yet. Raise OSError if the address is not to be had."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound = self._server.add_insecure_port(address)
+        except RuntimeError:  # its text is a page of the library's own
+            raise OSError(f"cannot listen on {address}") from None
+        await self.serving(False)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        return bound
+
+    async def serving(self, does: bool) -> None:
+        """Say whether our services serve."""
+        status = health_pb2.HealthCheckResponse
+        for name in NAMES:
+            await self._health.set(name, status.SERVING if does else status.NOT_SERVING)
+
+    async def drain(self, pause: float) -> None:
+        """Say NOT_SERVING and refuse new calls; end after `pause` seconds and once no call is in flight."""
+        await self.serving(False)
+        self._boundary.drain()
+        await self._boundary.idle_for(pause)
+
+    async def stop(self, grace: float) -> None:
+        """Close the port; cancel what is still in flight after `grace` seconds. Idempotent."""
+        await self._server.stop(grace)

@@ -1,0 +1,163 @@
+"""The settings: the only reader of the environment. Whatever is wrong with one is told in one line."""
+
+import datetime
+import ipaddress
+import pathlib
+import re
+import sys
+import typing
+
+import pydantic
+import pydantic_settings
+
+from afterhours_grpc.sessions import location
+
+_UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_LENGTH = re.compile(r"(\d+)(s|m|h|d)")
+
+
+class SettingsError(Exception):
+    """A setting is wrong or missing; the message is one line, names the variable, and says what to do."""
+
+
+def length(text: object) -> datetime.timedelta:
+    """Read a length of time such as `2s`, `15m`, `1h`, `30d`."""
+    if isinstance(text, datetime.timedelta):
+        return text
+    found = _LENGTH.fullmatch(str(text).strip())
+    if not found:
+        raise ValueError("must be a length of time such as 2s, 15m, 1h or 30d")
+    try:
+        return datetime.timedelta(**{_UNIT[found[2]]: int(found[1])})
+    except OverflowError:
+        raise ValueError("must be a length of time of at most 999999999 days") from None
+
+
+def _lengths(text: object) -> tuple[datetime.timedelta, ...]:
+    lengths = tuple(length(each) for each in str(text).split(","))
+    if not all(datetime.timedelta() < each <= datetime.timedelta(days=366) for each in lengths):
+        raise ValueError("each must be from 1s to 366d")
+    return lengths
+
+
+def _positive(length: datetime.timedelta) -> datetime.timedelta:
+    if not length:
+        raise ValueError("must be more than 0")
+    return length
+
+
+def _address(text: object) -> tuple[str, int]:
+    host, _, port = str(text).rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("must be host:port, with a port from 0 to 65535")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _keys(text: object) -> tuple[location.FuzzKey, ...]:
+    return location.FuzzKey.parse(str(text))
+
+
+Length = typing.Annotated[datetime.timedelta, pydantic.BeforeValidator(length)]
+Address = typing.Annotated[tuple[str, int], pydantic.BeforeValidator(_address), pydantic_settings.NoDecode]
+
+
+def _variable(name: str, default: typing.Any, description: str) -> typing.Any:
+    return pydantic.Field(default, validation_alias=name, description=description, validate_default=True)
+
+
+class Settings(pydantic_settings.BaseSettings):
+    """What the service runs with. Each field's alias is its variable; a flag of the same name overrides it."""
+
+    model_config = pydantic_settings.SettingsConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, env_ignore_empty=True
+    )
+
+    database_url: typing.Annotated[str, pydantic.Field(pattern=r"^postgres(ql)?://")] | None = _variable(
+        "DATABASE_URL", None, "Postgres: postgresql://…, as libpq reads it."
+    )
+    redis_url: typing.Annotated[str, pydantic.Field(pattern=r"^(rediss?|unix)://")] = _variable(
+        "REDIS_URL", "redis://localhost:6379", "Redis: redis://…, rediss://… or unix://…"
+    )
+    listen: Address = _variable("AFTERHOURS_LISTEN", "127.0.0.1:50051", "host:port; port 0 picks one.")
+    durations: typing.Annotated[
+        tuple[datetime.timedelta, ...], pydantic.BeforeValidator(_lengths), pydantic_settings.NoDecode
+    ] = _variable("AFTERHOURS_DURATIONS", "15m,30m,60m", "Durations allowed for start and for extend.")
+    reconcile_interval: typing.Annotated[Length, pydantic.AfterValidator(_positive)] = _variable(
+        "AFTERHOURS_RECONCILE_INTERVAL", "5s", "Time between two sweeps."
+    )
+    auth: typing.Literal["jwt", "mtls", "none"] = _variable(
+        "AFTERHOURS_AUTH", "jwt", "Credentials: none, and that only on a loopback address."
+    )
+    fuzz_key: typing.Annotated[
+        tuple[location.FuzzKey, ...] | None,
+        pydantic.BeforeValidator(lambda text: None if text is None else _keys(text)),
+        pydantic_settings.NoDecode,
+    ] = _variable("AFTERHOURS_FUZZ_KEY", None, "version:secret,…, newest first; at least 32 characters each.")
+    metrics_listen: typing.Annotated[
+        tuple[str, int] | None,
+        pydantic.BeforeValidator(lambda text: None if text is None else _address(text)),
+        pydantic_settings.NoDecode,
+    ] = _variable("AFTERHOURS_METRICS_LISTEN", None, "host:port of the Prometheus endpoint.")
+    reflection: bool = _variable("AFTERHOURS_REFLECTION", True, "Serve reflection: on or off.")
+    drain: typing.Annotated[Length, pydantic.AfterValidator(_positive)] = _variable(
+        "AFTERHOURS_DRAIN", "10s", "Longest time from SIGTERM to exit."
+    )
+    log_format: typing.Literal["console", "json"] = _variable(
+        "AFTERHOURS_LOG_FORMAT", "console" if sys.stderr.isatty() else "json", "console or json."
+    )
+    postgres_bin: pathlib.Path | None = _variable(
+        "AFTERHOURS_POSTGRES_BIN", None, "Folder of the Postgres programs that dev starts."
+    )
+
+    # Of the contract, and not built yet: refused rather than ignored.
+    workers: typing.Literal["1"] = _variable(
+        "AFTERHOURS_WORKERS", "1", "Processes sharing the port: 1 for now."
+    )
+    transport: typing.Literal["grpcio"] = _variable("AFTERHOURS_TRANSPORT", "grpcio", "grpcio for now.")
+    gates: typing.Literal[""] = _variable("AFTERHOURS_GATES", "", "None for now.")
+    rate_limit: typing.Literal[""] = _variable("AFTERHOURS_RATE_LIMIT", "", "None for now.")
+    tls_cert: typing.Literal[""] = _variable("AFTERHOURS_TLS_CERT", "", "None for now.")
+    tls_key: typing.Literal[""] = _variable("AFTERHOURS_TLS_KEY", "", "None for now.")
+    tls_client_ca: typing.Literal[""] = _variable("AFTERHOURS_TLS_CLIENT_CA", "", "None for now.")
+
+    def check(self) -> None:
+        """Raise SettingsError for what keeps the service from being served with these, all of it at once."""
+        missing = []
+        if self.auth != "none":
+            missing.append(
+                f"AFTERHOURS_AUTH={self.auth} is not built yet: set it to none, on a loopback address"
+            )
+        elif not _loopback(self.listen[0]):
+            missing.append(
+                "AFTERHOURS_AUTH=none is for a loopback AFTERHOURS_LISTEN only, such as 127.0.0.1:50051"
+            )
+        if not self.database_url:
+            missing.append("DATABASE_URL is not set: set it to postgresql://…, or try `afterhours-grpc dev`")
+        if not self.fuzz_key:
+            missing.append(
+                "AFTERHOURS_FUZZ_KEY is not set: set it to 1:SECRET, the secret of 32 characters or more"
+            )
+        if missing:
+            raise SettingsError("; ".join(missing))
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load(overrides: typing.Mapping[str, str]) -> Settings:
+    """Read the environment, and `overrides` by variable over it. Raise SettingsError."""
+    try:
+        return Settings(**overrides)
+    except pydantic.ValidationError as error:
+        problems = []
+        for each in error.errors():
+            name = ".".join(str(part) for part in each["loc"][:1])
+            told = each["msg"].removeprefix("Value error, ")
+            problems.append(f"{name}: {told}" if name else told)
+        raise SettingsError("; ".join(dict.fromkeys(problems))) from None

@@ -1,0 +1,92 @@
+"""The version of the schema: brought to the newest, and checked before the service runs on it."""
+
+import asyncio
+import pathlib
+
+import alembic.command
+import alembic.config
+import alembic.script
+import asyncpg
+import sqlalchemy as sa
+import sqlalchemy.exc
+from sqlalchemy.ext import asyncio as sa_asyncio
+
+VERSION_TABLE = "after_hours_schema"
+# Seconds that a migration waits for a lock, its own or a table's, rather than hold up the calls behind it.
+LOCK_TIMEOUT = 10
+# One number for every migration of this schema: "after" as big-endian bytes.
+_ADVISORY_LOCK = int.from_bytes(b"after")
+
+
+class SchemaError(Exception):
+    """The database's schema is not what the service needs; the message is one line and says what to do."""
+
+
+def config() -> alembic.config.Config:
+    """Give Alembic's configuration; there is no alembic.ini."""
+    found = alembic.config.Config()
+    found.set_main_option("script_location", str(pathlib.Path(__file__).with_name("migrations")))
+    return found
+
+
+def newest() -> int:
+    """Give the version that this release needs."""
+    return int(alembic.script.ScriptDirectory.from_config(config()).get_current_head() or 0)
+
+
+async def current(url: str) -> int:
+    """Read the version of the database; 0 for none. Raise OSError or asyncpg.PostgresError."""
+    connection = await asyncpg.connect(url, timeout=LOCK_TIMEOUT, command_timeout=LOCK_TIMEOUT)
+    try:
+        if await connection.fetchval("SELECT to_regclass($1)", VERSION_TABLE) is None:
+            return 0
+        return int(await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}") or 0)  # noqa: S608 - a constant
+    finally:
+        connection.terminate()
+
+
+async def check(url: str) -> None:
+    """Raise SchemaError for a schema older than needed; a newer one is fine, for migrations expand first."""
+    found = await current(url)
+    if found < newest():
+        raise SchemaError(
+            f"the database's schema is at version {found} and this release needs {newest()}:"
+            " run `afterhours-grpc migrate`"
+        )
+
+
+async def migrate(url: str) -> int:
+    """Bring the database to the newest schema in one transaction, and give its version.
+
+    Safe to run twice, and by two at once: the second waits. A database that is newer already is left as it is. Raise
+    SchemaError if a lock is not to be had within LOCK_TIMEOUT, OSError if there is no database.
+    """
+
+    async def connect() -> asyncpg.Connection:
+        return await asyncpg.connect(url, timeout=LOCK_TIMEOUT)
+
+    engine = sa_asyncio.create_async_engine(
+        "postgresql+asyncpg://", async_creator=connect, poolclass=sa.NullPool
+    )
+    try:
+        async with engine.begin() as connection:
+            await connection.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'"))
+            await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
+            await connection.run_sync(_upgrade)
+    except sqlalchemy.exc.DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) == "55P03":
+            raise SchemaError(f"a lock was not to be had within {LOCK_TIMEOUT} s: run it again") from error
+        raise
+    finally:
+        await asyncio.shield(engine.dispose())
+    return max(newest(), await current(url))
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    if sa.inspect(connection).has_table(VERSION_TABLE):
+        found = connection.scalar(sa.text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 - a constant
+        if int(found or 0) >= newest():
+            return
+    settings = config()
+    settings.attributes["connection"] = connection
+    alembic.command.upgrade(settings, "head")
