@@ -139,6 +139,34 @@ def test_every_near_cell_is_a_candidate(
         assert first(user_id, moved(place, bearing, meters)).cell in cells
 
 
+@pytest.mark.parametrize("grid", [contextlib.nullcontext, unrotated])
+def test_every_near_cell_at_any_latitude(grid: Grid) -> None:
+    """So it is for 4,000 points 100 m away, at all latitudes and in the rings around a grid's pole."""
+    numbers = random.Random(10)
+    with grid():
+        for number in range(4000):
+            reach = 4000 if number % 2 else 20000000
+            place = moved(SPECIAL_PLACES[1], numbers.uniform(-180, 180), numbers.uniform(0, reach))
+            cells = {candidate.cell for candidate in FUZZER.candidates(f"{number}", place)}
+            assert first(f"{number}", moved(place, numbers.uniform(-180, 180), 100)).cell in cells
+
+
+def test_edge() -> None:
+    """On the equator, where the sphere errs the most, an edge is near at 100 m and no longer so at 102 m."""
+    with unrotated():
+        # Northward from the equator, as far as the first cell's edge: halved to a millimetre.
+        inside, outside = 0.0, 1000.0
+        middle = first("anyone", SPECIAL_PLACES[0]).cell
+        while outside - inside > 0.001:
+            half = (inside + outside) / 2
+            same = first("anyone", moved(SPECIAL_PLACES[0], 0, half)).cell == middle
+            inside, outside = (half, outside) if same else (inside, half)
+        for meters, near in [(99.99, True), (102, False)]:
+            place = moved(SPECIAL_PLACES[0], 0, outside + meters)
+            cells = {candidate.cell for candidate in FUZZER.candidates("anyone", place)}
+            assert (middle in cells) is near
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(user_ids, grounds)
 def test_every_candidate_is_near(user_id: str, ground: tuple[Grid, location.ExactLocation]) -> None:
@@ -184,7 +212,10 @@ def test_names_of_one_place(user_id: str, latitude: float, longitude: float) -> 
         [(90, longitude), (90, 0), (90, -180)],
         [(-90, longitude), (-90, 0), (-90, 180)],
     ):
-        assert len({FUZZER.candidates(user_id, location.ExactLocation(*name)) for name in names}) == 1
+        named = [location.ExactLocation(*name) for name in names]
+        assert len({FUZZER.candidates(user_id, place) for place in named}) == 1
+        # The candidates would show a difference in the last bit to one user in a billion only.
+        assert len({location._vector(place) for place in named}) == 1
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
@@ -271,6 +302,7 @@ def test_repr_tells_no_coordinate(place: location.ExactLocation) -> None:
 
 
 @hypothesis.given(strategies.text(min_size=32))
+@hypothesis.example("\udcff" * 32)
 def test_repr_tells_no_secret(secret: str) -> None:
     """A key is printed with its version alone, whatever the secret."""
     key = location.FuzzKey(7, secret)

@@ -43,8 +43,8 @@ class Timers:
 
     def __init__(self, url: str, store: store.Store, clock: clock.Clock) -> None:
         self._store = store
-        self._redis = redis.asyncio.Redis(
-            connection_pool=redis.asyncio.BlockingConnectionPool.from_url(
+        self._redis = redis.asyncio.Redis.from_pool(
+            redis.asyncio.BlockingConnectionPool.from_url(
                 url,
                 max_connections=4,
                 timeout=jobstore.SOCKET_TIMEOUT,
