@@ -7,6 +7,7 @@ import os
 import pathlib
 
 import asyncpg
+import hypothesis
 import pytest
 import redis as redis_client
 
@@ -15,6 +16,10 @@ from afterhours_grpc.embedded import postgres, redis
 from afterhours_grpc.store import schema
 
 _numbers = itertools.count()
+
+# A loaded machine is slow, and that is no fault of what is tested.
+hypothesis.settings.register_profile("loaded", deadline=None)
+hypothesis.settings.load_profile("loaded")
 
 # Nothing here needs to survive a power cut, and everything is to be quick.
 _FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "300"}
