@@ -157,7 +157,5 @@ def _export(address: tuple[str, int]) -> collections.abc.Callable[[], None]:
     try:
         exporter, _ = prometheus_client.start_http_server(port, host, registry=metrics.REGISTRY)
     except OSError:
-        raise StartError(
-            f"cannot listen on {host}:{port}: set AFTERHOURS_METRICS_LISTEN to a free address"
-        ) from None
+        raise StartError(f"cannot listen on {host}:{port}: set AFTERHOURS_METRICS_LISTEN to a free address") from None
     return exporter.shutdown

@@ -19,9 +19,7 @@ class Background:
     def __init__(self) -> None:
         self._tasks: list[asyncio.Task[None]] = []
 
-    def keep(
-        self, name: str, run: collections.abc.Callable[[], collections.abc.Awaitable[None]]
-    ) -> asyncio.Task[None]:
+    def keep(self, name: str, run: collections.abc.Callable[[], collections.abc.Awaitable[None]]) -> asyncio.Task[None]:
         """Run `run`, again and again."""
         task = asyncio.create_task(self._kept(name, run), name=name)
         self._tasks.append(task)
@@ -33,12 +31,10 @@ class Background:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _kept(
-        self, name: str, run: collections.abc.Callable[[], collections.abc.Awaitable[None]]
-    ) -> None:
+    async def _kept(self, name: str, run: collections.abc.Callable[[], collections.abc.Awaitable[None]]) -> None:
         while True:
             try:
                 await run()
-            except Exception as error:  # whatever it is, the task must go on
+            except Exception as error:  # noqa: BLE001 - whatever it is, the task must go on
                 log.error("background_task_died", task=name, **logs.described(error))
             await asyncio.sleep(_PAUSE)

@@ -27,9 +27,7 @@ Timeout = typing.Annotated[float, typer.Option(help="Deadline in seconds.")]
 RequestId = typing.Annotated[
     str | None, typer.Option(help="A UUID that makes a retry safe; a new one by default.", show_default=False)
 ]
-Length = typing.Annotated[
-    str, typer.Option(help="How long: 15m, 30m or 60m, unless the operator says otherwise.")
-]
+Length = typing.Annotated[str, typer.Option(help="How long: 15m, 30m or 60m, unless the operator says otherwise.")]
 
 
 @app.command()
@@ -106,9 +104,7 @@ def _duration(text: str) -> duration_pb2.Duration:
 
 
 @contextlib.contextmanager
-def _stub(
-    target: str | None, as_json: bool
-) -> collections.abc.Iterator[session_service_pb2_grpc.SessionServiceStub]:
+def _stub(target: str | None, as_json: bool) -> collections.abc.Iterator[session_service_pb2_grpc.SessionServiceStub]:
     """Give a stub; tell a failed call, and end with exit status 1."""
     try:
         address = target or "{}:{}".format(*settings.load({}).listen)
@@ -148,7 +144,7 @@ def _tell_failure(call: grpc.Call, address: str, as_json: bool) -> None:
     code, told = call.code().name, call.details() or ""
     info, violations = _details(call)
     if not info.reason and call.code() is grpc.StatusCode.UNAVAILABLE:
-        told = f"Nobody answers at {address}; start a server there by `afterhours-grpc dev`, or choose another by --target."
+        told = f"Nobody answers at {address}; start a server by `afterhours-grpc dev`, or choose another by --target."
     if as_json:
         failure = {"code": code, "reason": info.reason, "message": told, "metadata": dict(info.metadata)}
         typer.echo(json.dumps({**failure, "violations": violations}, indent=2))

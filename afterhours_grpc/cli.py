@@ -101,9 +101,7 @@ def migrate(flags: dict[str, str]) -> None:
     except (settings.SettingsError, schema.SchemaError) as error:
         _refuse(error)
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        _refuse(
-            f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs"
-        )
+        _refuse(f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs")
     typer.echo(f"the schema is at version {version}")
 
 
@@ -138,11 +136,7 @@ def dev(
 
 def _data_dir() -> pathlib.Path:
     # Root's home is closed to the user that Postgres runs as.
-    return (
-        pathlib.Path("/var/lib/afterhours")
-        if os.geteuid() == 0
-        else pathlib.Path.home() / ".local/share/afterhours"
-    )
+    return pathlib.Path("/var/lib/afterhours") if os.geteuid() == 0 else pathlib.Path.home() / ".local/share/afterhours"
 
 
 def _fuzz_key(directory: pathlib.Path) -> str:
@@ -168,9 +162,7 @@ async def _dev(config: settings.Settings, url: str) -> int:
     return await _serve(config, _greet)
 
 
-async def _serve(
-    config: settings.Settings, greet: collections.abc.Callable[[str], None] = lambda _: None
-) -> int:
+async def _serve(config: settings.Settings, greet: collections.abc.Callable[[str], None] = lambda _: None) -> int:
     """Serve until SIGTERM or SIGINT; give the exit status."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

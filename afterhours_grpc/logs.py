@@ -30,13 +30,12 @@ def configure(format: typing.Literal["console", "json"]) -> None:
 
 def described(error: BaseException) -> dict[str, object]:
     """Tell an exception for the log: its types, its frames, and Postgres' code; never its text."""
-    types, at = [], error
+    types: list[str] = []
+    at: BaseException | None = error
     while at is not None:
         types.append(type(at).__name__)
         at = at.__cause__ or at.__context__
-    frames = [
-        f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
-    ]
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     return {
         "types": types,
         "frames": frames,

@@ -110,9 +110,7 @@ class Settings(pydantic_settings.BaseSettings):
     )
 
     # Of the contract, and not built yet: refused rather than ignored.
-    workers: typing.Literal["1"] = _variable(
-        "AFTERHOURS_WORKERS", "1", "Processes sharing the port: 1 for now."
-    )
+    workers: typing.Literal["1"] = _variable("AFTERHOURS_WORKERS", "1", "Processes sharing the port: 1 for now.")
     transport: typing.Literal["grpcio"] = _variable("AFTERHOURS_TRANSPORT", "grpcio", "grpcio for now.")
     gates: typing.Literal[""] = _variable("AFTERHOURS_GATES", "", "None for now.")
     rate_limit: typing.Literal[""] = _variable("AFTERHOURS_RATE_LIMIT", "", "None for now.")
@@ -124,19 +122,13 @@ class Settings(pydantic_settings.BaseSettings):
         """Raise SettingsError for what keeps the service from being served with these, all of it at once."""
         missing = []
         if self.auth != "none":
-            missing.append(
-                f"AFTERHOURS_AUTH={self.auth} is not built yet: set it to none, on a loopback address"
-            )
+            missing.append(f"AFTERHOURS_AUTH={self.auth} is not built yet: set it to none, on a loopback address")
         elif not _loopback(self.listen[0]):
-            missing.append(
-                "AFTERHOURS_AUTH=none is for a loopback AFTERHOURS_LISTEN only, such as 127.0.0.1:50051"
-            )
+            missing.append("AFTERHOURS_AUTH=none is for a loopback AFTERHOURS_LISTEN only, such as 127.0.0.1:50051")
         if not self.database_url:
             missing.append("DATABASE_URL is not set: set it to postgresql://…, or try `afterhours-grpc dev`")
         if not self.fuzz_key:
-            missing.append(
-                "AFTERHOURS_FUZZ_KEY is not set: set it to 1:SECRET, the secret of 32 characters or more"
-            )
+            missing.append("AFTERHOURS_FUZZ_KEY is not set: set it to 1:SECRET, the secret of 32 characters or more")
         if missing:
             raise SettingsError("; ".join(missing))
 
@@ -153,7 +145,7 @@ def _loopback(host: str) -> bool:
 def load(overrides: typing.Mapping[str, str]) -> Settings:
     """Read the environment, and `overrides` by variable over it. Raise SettingsError."""
     try:
-        return Settings(**overrides)
+        return Settings(**typing.cast("dict[str, typing.Any]", overrides))
     except pydantic.ValidationError as error:
         problems = []
         for each in error.errors():

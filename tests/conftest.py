@@ -10,8 +10,8 @@ import asyncpg
 import hypothesis
 import pytest
 import redis as redis_client
-
 import replicas
+
 from afterhours_grpc.embedded import postgres, redis
 from afterhours_grpc.store import schema
 

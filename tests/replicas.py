@@ -54,7 +54,8 @@ class Engines:
         """Run SQL, past the service."""
         connection = await asyncpg.connect(self.database_url)
         try:
-            return await connection.fetch(query, *arguments)
+            rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
+            return rows
         finally:
             await connection.close()
 
@@ -67,11 +68,11 @@ class Client:
         # No retries and no shared subchannels: each client sees its own server, as it is.
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
         self.channel = grpc.aio.insecure_channel(address, options=options)
-        self.sessions: session_service_pb2_grpc.SessionServiceAsyncStub = (
-            session_service_pb2_grpc.SessionServiceStub(self.channel)
+        self.sessions: session_service_pb2_grpc.SessionServiceAsyncStub = session_service_pb2_grpc.SessionServiceStub(
+            self.channel
         )
-        self.profiles: profile_service_pb2_grpc.ProfileServiceAsyncStub = (
-            profile_service_pb2_grpc.ProfileServiceStub(self.channel)
+        self.profiles: profile_service_pb2_grpc.ProfileServiceAsyncStub = profile_service_pb2_grpc.ProfileServiceStub(
+            self.channel
         )
 
     async def put_profile(self, user_id: str) -> None:
@@ -96,9 +97,7 @@ class Client:
         )
         return (await self.sessions.StartSession(request, timeout=timeout)).session
 
-    async def end(
-        self, user_id: str, request_id: str = "", timeout: float | None = 10
-    ) -> session_pb2.Session:
+    async def end(self, user_id: str, request_id: str = "", timeout: float | None = 10) -> session_pb2.Session:
         """End a session."""
         request = session_service_pb2.EndSessionRequest(user_id=user_id, request_id=request_id)
         return (await self.sessions.EndSession(request, timeout=timeout)).session
@@ -114,9 +113,7 @@ class Client:
         )
         return (await self.sessions.ExtendSession(request, timeout=timeout)).session
 
-    async def get(
-        self, user_id: str, timeout: float | None = 10
-    ) -> session_service_pb2.GetSessionResponse:
+    async def get(self, user_id: str, timeout: float | None = 10) -> session_service_pb2.GetSessionResponse:
         """Get a session."""
         request = session_service_pb2.GetSessionRequest(user_id=user_id)
         return await self.sessions.GetSession(request, timeout=timeout)
@@ -127,19 +124,17 @@ class Client:
 
     async def health(self, service: str = "afterhours.v1.SessionService") -> str:
         """Give the name of a health status."""
-        stub = health_pb2_grpc.HealthStub(self.channel)
+        stub: typing.Any = health_pb2_grpc.HealthStub(self.channel)
         response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
     async def close(self) -> None:
         """Close the channel."""
-        await self.channel.close()
+        await self.channel.close(None)
 
 
 @contextlib.asynccontextmanager
-async def replica(
-    engines: Engines, **overrides: str
-) -> collections.abc.AsyncIterator[tuple[app.Service, Client]]:
+async def replica(engines: Engines, **overrides: str) -> collections.abc.AsyncIterator[tuple[app.Service, Client]]:
     """Run a server in this process; afterwards no connection may be in use."""
     config = settings.load(engines.environment(**{"AFTERHOURS_DRAIN": "3s", **overrides}))
     async with app.running(config) as service:
@@ -219,9 +214,7 @@ class Process:
 
 
 @contextlib.asynccontextmanager
-async def process(
-    engines: Engines, **overrides: str
-) -> collections.abc.AsyncIterator[tuple[Process, Client]]:
+async def process(engines: Engines, **overrides: str) -> collections.abc.AsyncIterator[tuple[Process, Client]]:
     """Run a server as a process."""
     running = await Process(engines.environment(**overrides)).start()
     try:
@@ -277,12 +270,10 @@ async def refused(call: collections.abc.Awaitable[object]) -> Refusal:
     return result
 
 
-async def eventually(
-    holds: collections.abc.Callable[[], collections.abc.Awaitable[bool]], within: float
-) -> None:
+async def eventually(holds: collections.abc.Callable[[], collections.abc.Awaitable[bool]], within: float) -> None:
     """Wait until something holds, looking every 20 ms, for at most `within` seconds."""
     async with asyncio.timeout(within):
-        while not await holds():
+        while not await holds():  # noqa: ASYNC110 - what is waited for happens elsewhere
             await asyncio.sleep(0.02)
 
 

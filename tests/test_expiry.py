@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import typing
 
 import replicas
 from redis import asyncio as redis
@@ -12,7 +13,8 @@ KEY = "afterhours:jobs"
 async def jobs(engines: replicas.Engines) -> dict[str, float]:
     """Give every job and its due time."""
     async with redis.Redis.from_url(engines.redis_url, decode_responses=True) as client:
-        return dict(await client.zrange(KEY, 0, -1, withscores=True))
+        found: typing.Any = await client.zrange(KEY, 0, -1, withscores=True)
+        return dict(found)
 
 
 async def ended(engines: replicas.Engines, count: int) -> bool:
@@ -104,9 +106,10 @@ async def test_two_replicas_share_the_work(engines: replicas.Engines) -> None:
 
 async def test_without_redis_everything_goes_on(engines: replicas.Engines) -> None:
     """With a Redis that nobody reaches, the calls are OK and a session ends within the interval + 1 s."""
-    async with replicas.replica(
-        engines, REDIS_URL="redis://127.0.0.1:1", AFTERHOURS_RECONCILE_INTERVAL="1s"
-    ) as (_, client):
+    async with replicas.replica(engines, REDIS_URL="redis://127.0.0.1:1", AFTERHOURS_RECONCILE_INTERVAL="1s") as (
+        _,
+        client,
+    ):
         assert await client.health() == "SERVING"
         await client.put_profile("ada")
         started = await client.start("ada", 2)

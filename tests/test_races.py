@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import collections.abc
 import contextlib
 import datetime
 
@@ -13,7 +14,9 @@ pytestmark = pytest.mark.store
 
 
 @pytest.fixture
-async def pair(engines: replicas.Engines):  # noqa: ANN201 - a generator of two clients
+async def pair(
+    engines: replicas.Engines,
+) -> collections.abc.AsyncIterator[tuple[replicas.Client, replicas.Client]]:
     """Run two replicas."""
     async with replicas.replica(engines) as (_, one), replicas.replica(engines) as (_, two):
         yield one, two
@@ -91,9 +94,7 @@ async def test_a_start_racing_a_deletion_leaves_no_session_without_profile(
 
     async def race(user: str) -> None:
         await pair[0].put_profile(user)
-        await asyncio.gather(
-            replicas.outcome(pair[0].start(user)), replicas.outcome(pair[1].delete_profile(user))
-        )
+        await asyncio.gather(replicas.outcome(pair[0].start(user)), replicas.outcome(pair[1].delete_profile(user)))
 
     for _ in range(5):
         await asyncio.gather(*(race(f"user {n}") for n in range(60)))
@@ -105,7 +106,7 @@ async def test_a_start_racing_a_deletion_leaves_no_session_without_profile(
 
 
 @contextlib.asynccontextmanager
-async def held(engines: replicas.Engines, user: str):  # noqa: ANN201 - a generator of nothing
+async def held(engines: replicas.Engines, user: str) -> collections.abc.AsyncIterator[None]:
     """Hold the row of a user's session, as a writer elsewhere would."""
     connection = await asyncpg.connect(engines.database_url)
     try:
@@ -161,9 +162,7 @@ async def test_a_held_row_delays_nobody_else(engines: replicas.Engines) -> None:
             await client.start(user)
         async with held(engines, "ada"):
             extending = asyncio.create_task(client.extend("ada"))
-            await asyncio.wait_for(
-                asyncio.gather(*(client.extend("bob") for _ in range(20)), client.get("ada")), 3
-            )
+            await asyncio.wait_for(asyncio.gather(*(client.extend("bob") for _ in range(20)), client.get("ada")), 3)
             assert not extending.done()
         await extending
 

@@ -25,7 +25,7 @@ async def test_a_replay_gives_the_first_answer(engines: replicas.Engines) -> Non
         await client.delete_profile("ada")
 
         def raw(message: typing.Any) -> bytes:
-            return message.SerializeToString()
+            return bytes(message.SerializeToString())
 
         assert raw(await client.start("ada", request_id=ids["start"])) == raw(started)
         assert raw(await client.extend("ada", request_id=ids["extend"])) == raw(extended)
@@ -101,10 +101,7 @@ async def test_an_id_in_flight_for_two_users_is_applied_once(engines: replicas.E
         await asyncio.gather(*(one.put_profile(user) for user in users))
         first = replicas.request_id()
         results = await asyncio.gather(
-            *(
-                replicas.outcome((one, two)[n % 2].start(user, request_id=first))
-                for n, user in enumerate(users)
-            )
+            *(replicas.outcome((one, two)[n % 2].start(user, request_id=first)) for n, user in enumerate(users))
         )
         reasons = [each.reason for each in results if isinstance(each, replicas.Refusal)]
         assert reasons == ["REQUEST_ID_REUSED"] * 15
@@ -160,9 +157,7 @@ async def test_unknown_fields_are_part_of_the_body(engines: replicas.Engines) ->
             location=replicas.BERLIN,
             request_id=replicas.request_id(),
         )
-        newer = session_service_pb2.StartSessionRequest.FromString(
-            request.SerializeToString() + b"\xf8\x07\x01"
-        )
+        newer = session_service_pb2.StartSessionRequest.FromString(request.SerializeToString() + b"\xf8\x07\x01")
         first = await client.sessions.StartSession(newer)
         assert await client.sessions.StartSession(newer) == first
         assert (await replicas.refused(client.sessions.StartSession(request))).reason == "REQUEST_ID_REUSED"

@@ -38,11 +38,9 @@ async def test_what_has_not_expired_ends_on_time(engines: replicas.Engines) -> N
         assert (await client.get("ada")).active
 
         async def closed_on_time() -> bool:
-            rows = await engines.rows(
-                "SELECT ended_at, expires_at, clock_timestamp() AS at FROM after_hours_sessions"
-            )
+            rows = await engines.rows("SELECT ended_at, expires_at, clock_timestamp() AS at FROM after_hours_sessions")
             overdue = (rows[0]["at"] - rows[0]["expires_at"]).total_seconds()
             assert overdue < 1.1
-            return rows[0]["ended_at"] == rows[0]["expires_at"]
+            return bool(rows[0]["ended_at"] == rows[0]["expires_at"])
 
         await replicas.eventually(closed_on_time, within=6)

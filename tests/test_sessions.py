@@ -1,6 +1,7 @@
 """Start, end, extend and get, through the front door."""
 
 import datetime
+import itertools
 
 import replicas
 from afterhours.v1 import session_pb2, session_service_pb2
@@ -15,9 +16,7 @@ async def test_a_started_session_is_active_for_exactly_its_duration(engines: rep
 
         assert session.state == session_pb2.SESSION_STATE_ACTIVE
         assert session.user_id == "ada"
-        assert session.expire_time.ToDatetime() - session.start_time.ToDatetime() == datetime.timedelta(
-            minutes=30
-        )
+        assert session.expire_time.ToDatetime() - session.start_time.ToDatetime() == datetime.timedelta(minutes=30)
         assert session.remaining == duration_pb2.Duration(seconds=1800)
         assert not session.HasField("end_time")
         assert session.end_reason == session_pb2.END_REASON_UNSPECIFIED
@@ -99,7 +98,7 @@ async def test_the_last_cell_is_kept_near_its_edge(engines: replicas.Engines) ->
             shown.append((session.fuzzed_location.latitude, session.fuzzed_location.longitude))
             await client.end("ada")
         back = await client.start("ada", location=session_pb2.Location(latitude=0.0, longitude=0.0))
-        changes = sum(one != other for one, other in zip(shown, shown[1:], strict=False))
+        changes = sum(one != other for one, other in itertools.pairwise(shown))
         assert 1 <= changes <= 3
         assert (back.fuzzed_location.latitude, back.fuzzed_location.longitude) == shown[0]
 

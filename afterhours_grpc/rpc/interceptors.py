@@ -28,7 +28,7 @@ _Decode = collections.abc.Callable[[bytes], typing.Any]
 _Behaviour = collections.abc.Callable[[typing.Any, "_Context"], collections.abc.Awaitable[typing.Any]]
 
 
-class Boundary(grpc.aio.ServerInterceptor):
+class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the unary methods of the services named; health and reflection pass by.
 
     Requests are decoded in here, where bytes that are no message can be answered properly.
@@ -67,7 +67,11 @@ class Boundary(grpc.aio.ServerInterceptor):
         if handler is None or not method.startswith(self._prefixes):
             return handler
         wrapped = grpc.unary_unary_rpc_method_handler(
-            self._wrap(method.rpartition("/")[2], handler.unary_unary, handler.request_deserializer),
+            self._wrap(
+                method.rpartition("/")[2],
+                typing.cast("_Behaviour", handler.unary_unary),
+                typing.cast("_Decode", handler.request_deserializer),
+            ),
             response_serializer=handler.response_serializer,
         )
         return self._wrapped.setdefault(method, wrapped)
@@ -93,7 +97,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             except asyncio.CancelledError:
                 code = grpc.StatusCode.CANCELLED
                 raise
-            except Exception as bug:  # whatever it is, no text of it goes to the caller
+            except Exception as bug:  # noqa: BLE001 - whatever it is, no text of it goes to the caller
                 error, code = _told(bug), grpc.StatusCode.INTERNAL
             finally:
                 self._in_flight -= 1
@@ -101,7 +105,7 @@ class Boundary(grpc.aio.ServerInterceptor):
                     self._idle.set()
                 _record(method, code, error, began, request)
             told = rpc_status.to_status(status.status(error))
-            await context.abort(told.code, told.details, told.trailing_metadata)
+            return await context.abort(told.code, told.details, told.trailing_metadata)
 
         return call
 

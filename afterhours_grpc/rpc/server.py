@@ -37,9 +37,7 @@ class Server:
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(
             servicers.SessionServicer(sessions, durations), self._server
         )
-        profile_service_pb2_grpc.add_ProfileServiceServicer_to_server(
-            servicers.ProfileServicer(profiles), self._server
-        )
+        profile_service_pb2_grpc.add_ProfileServiceServicer_to_server(servicers.ProfileServicer(profiles), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if with_reflection:
@@ -48,7 +46,9 @@ class Server:
     def _reflect(self) -> None:
         names = (*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME, _REFLECTION_V1)
         servicer = reflection.aio.ReflectionServicer(service_names=names)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
+            servicer, self._server
+        )
         # v1 differs from v1alpha by the name alone, and grpcio-reflection has none of it.
         handler = grpc.stream_stream_rpc_method_handler(
             servicer.ServerReflectionInfo,
@@ -56,9 +56,7 @@ class Server:
             response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
         )
         methods = {"ServerReflectionInfo": handler}
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(_REFLECTION_V1, methods),)
-        )
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_REFLECTION_V1, methods),))
 
     async def start(self, host: str, port: int) -> int:
         """Listen, and give the port. Nothing is SERVING yet. Raise OSError if the address is not to be had."""

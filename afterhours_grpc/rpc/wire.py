@@ -27,7 +27,7 @@ _Mutation = (
     | session_service_pb2.EndSessionRequest
     | session_service_pb2.ExtendSessionRequest
 )
-_END_REASON = {
+_END_REASON: dict[session.EndReason | None, typing.Any] = {
     None: session_pb2.END_REASON_UNSPECIFIED,
     **{each: session_pb2.EndReason.Value(f"END_REASON_{each.value}") for each in session.EndReason},
 }
@@ -126,9 +126,7 @@ def end(request: session_service_pb2.EndSessionRequest, caller: str) -> session.
     return parsed
 
 
-def extend(
-    request: session_service_pb2.ExtendSessionRequest, caller: str, allowed: Durations
-) -> session.Extend:
+def extend(request: session_service_pb2.ExtendSessionRequest, caller: str, allowed: Durations) -> session.Extend:
     """Parse, or raise InvalidRequest."""
     form = _Form()
     parsed = session.Extend(
@@ -189,9 +187,7 @@ def session_message(value: session.Session) -> session_pb2.Session:
         end_time=value.ended_at,
         end_reason=_END_REASON[value.end_reason],
         remaining=value.remaining,
-        fuzzed_location=session_pb2.Location(
-            latitude=value.fuzzed.latitude, longitude=value.fuzzed.longitude
-        ),
+        fuzzed_location=session_pb2.Location(latitude=value.fuzzed.latitude, longitude=value.fuzzed.longitude),
         fuzz_radius_meters=value.fuzz_radius_meters,
     )
 

@@ -102,9 +102,7 @@ class FuzzKey:
             version, _, secret = entry.strip().partition(":")
             # int() quotes what it cannot read, and where the colon was forgotten that is the secret.
             if not (version.isascii() and version.isdecimal()):
-                raise ValueError(
-                    "a fuzz key must be written version:secret, the version being a whole number"
-                )
+                raise ValueError("a fuzz key must be written version:secret, the version being a whole number")
             keys.append(cls(int(version), secret))
         return tuple(keys)
 

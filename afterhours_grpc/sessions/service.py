@@ -143,9 +143,7 @@ def _keys(call: store.Call) -> tuple[collections.abc.Hashable, ...]:
     return (call.user_id, (call.request.caller, call.request.id))
 
 
-def _why(
-    method: session.Method, call: store.Call, explanation: store.Explanation
-) -> session.Session | Exception:
+def _why(method: session.Method, call: store.Call, explanation: store.Explanation) -> session.Session | Exception:
     """Decide what a call without an answer is told, in the order of the contract's checks."""
     kept = explanation.kept
     if kept is not None:

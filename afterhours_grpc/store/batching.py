@@ -112,7 +112,7 @@ class Batcher(typing.Generic[Call, Answer]):
             ):
                 with attempt:
                     if not entry.answer.done() and await self._try([entry]):
-                        raise database.Retry
+                        raise database.Retry  # noqa: TRY301 - told to the loop around it
         except database.Retry:
             if not entry.answer.done():
                 entry.answer.set_exception(errors.StoreUnavailable())
@@ -128,9 +128,7 @@ class Batcher(typing.Generic[Call, Answer]):
             return entries
         except errors.SessionError as error:
             answers = [error] * len(entries)
-        except (
-            Exception
-        ) as error:  # one call's fault, or ours: it is told to those that it concerns, who log it
+        except Exception as error:  # noqa: BLE001 - one call's fault, or ours: told to its caller, who logs it
             if len(entries) > 1:
                 return entries
             answers = [error]

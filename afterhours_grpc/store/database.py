@@ -26,15 +26,15 @@ _AWAY = ("08", "53", "57", "25006")
 _MET_ANOTHER = ("40001", "40P01", "55P03")
 
 
-class Retry(Exception):  # noqa: N818 - it is an instruction
+class Retry(Exception):
     """The statement was taken back because it met another one; run it again."""
 
 
 class Statement:
-    """SQL with named parameters, compiled once to the driver's `$1`, `$2`, …"""
+    """SQL with named parameters, compiled once to the driver's `$1`, `$2` and so on."""
 
     def __init__(self, sql: str) -> None:
-        compiled = sa.text(sql).compile(dialect=dialect.dialect())
+        compiled = sa.text(sql).compile(dialect=dialect.dialect())  # type: ignore[no-untyped-call]
         self.sql = str(compiled)
         self.names: tuple[str, ...] = tuple(compiled.positiontup or ())
 

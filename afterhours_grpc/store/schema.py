@@ -40,7 +40,7 @@ async def current(url: str) -> int:
     try:
         if await connection.fetchval("SELECT to_regclass($1)", VERSION_TABLE) is None:
             return 0
-        return int(await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}") or 0)  # noqa: S608 - a constant
+        return int(await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}") or 0)
     finally:
         connection.terminate()
 
@@ -65,9 +65,7 @@ async def migrate(url: str) -> int:
     async def connect() -> asyncpg.Connection:
         return await asyncpg.connect(url, timeout=LOCK_TIMEOUT)
 
-    engine = sa_asyncio.create_async_engine(
-        "postgresql+asyncpg://", async_creator=connect, poolclass=sa.NullPool
-    )
+    engine = sa_asyncio.create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=sa.NullPool)
     try:
         async with engine.begin() as connection:
             await connection.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'"))
@@ -84,7 +82,7 @@ async def migrate(url: str) -> int:
 
 def _upgrade(connection: sa.Connection) -> None:
     if sa.inspect(connection).has_table(VERSION_TABLE):
-        found = connection.scalar(sa.text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 - a constant
+        found = connection.scalar(sa.text(f"SELECT version_num FROM {VERSION_TABLE}"))
         if int(found or 0) >= newest():
             return
     settings = config()

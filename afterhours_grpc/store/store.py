@@ -7,7 +7,6 @@ order. Raises `errors.StoreUnavailable`, and `database.Retry` if the whole set w
 import collections.abc
 import dataclasses
 import datetime
-import uuid
 
 from afterhours_grpc.sessions import location, session
 from afterhours_grpc.store import database, queries, transitions
@@ -57,9 +56,7 @@ class Store:
         None: applied before, no profile, or an active session.
         """
         places = [
-            (ordinal, rank, place)
-            for ordinal, choice in enumerate(candidates, 1)
-            for rank, place in enumerate(choice)
+            (ordinal, rank, place) for ordinal, choice in enumerate(candidates, 1) for rank, place in enumerate(choice)
         ]
         rows = await self._database.fetch(
             transitions.START,
@@ -81,12 +78,8 @@ class Store:
         self, calls: collections.abc.Sequence[session.End], reason: session.EndReason
     ) -> list[session.Session | None]:
         """End active sessions. None: applied before, or none active (an overdue one has been closed then)."""
-        rows = await self._database.fetch(
-            transitions.END, **_asked(session.Method.END, calls), reason=reason.value
-        )
-        return [
-            ended if ended and ended.end_reason is reason else None for ended in _by_ordinal(rows, len(calls))
-        ]
+        rows = await self._database.fetch(transitions.END, **_asked(session.Method.END, calls), reason=reason.value)
+        return [ended if ended and ended.end_reason is reason else None for ended in _by_ordinal(rows, len(calls))]
 
     async def extend(self, calls: collections.abc.Sequence[session.Extend]) -> list[session.Session | None]:
         """Move the ends of active sessions. None: applied before, or none active."""
@@ -102,9 +95,7 @@ class Store:
         rows = await self._database.fetch(queries.GET, user_ids=list(user_ids))
         return _by_ordinal(rows, len(user_ids))
 
-    async def explain(
-        self, method: session.Method, calls: collections.abc.Sequence[Call]
-    ) -> list[Explanation]:
+    async def explain(self, method: session.Method, calls: collections.abc.Sequence[Call]) -> list[Explanation]:
         """Read what stands against calls."""
         asked = _asked(method, calls)
         rows = await self._database.fetch(queries.EXPLAIN, **asked)

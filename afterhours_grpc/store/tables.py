@@ -39,19 +39,13 @@ sessions = sa.Table(
     sa.Column("fuzz_cell", sa.BigInteger, nullable=False),
     sa.CheckConstraint("char_length(user_id) BETWEEN 1 AND 255", name="after_hours_sessions_user_id_length"),
     sa.CheckConstraint("expires_at > started_at", name="after_hours_sessions_expires_after_start"),
-    sa.CheckConstraint(
-        "ended_at BETWEEN started_at AND expires_at", name="after_hours_sessions_ends_within_its_time"
-    ),
-    sa.CheckConstraint(
-        "(ended_at IS NULL) = (end_reason IS NULL)", name="after_hours_sessions_ends_for_a_reason"
-    ),
+    sa.CheckConstraint("ended_at BETWEEN started_at AND expires_at", name="after_hours_sessions_ends_within_its_time"),
+    sa.CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="after_hours_sessions_ends_for_a_reason"),
     sa.CheckConstraint(
         "end_reason IN ('USER', 'EXPIRED', 'PROFILE_REMOVED', 'INELIGIBLE', 'ADMIN')",
         name="after_hours_sessions_end_reason",
     ),
-    sa.CheckConstraint(
-        "end_reason <> 'EXPIRED' OR ended_at = expires_at", name="after_hours_sessions_expires_on_time"
-    ),
+    sa.CheckConstraint("end_reason <> 'EXPIRED' OR ended_at = expires_at", name="after_hours_sessions_expires_on_time"),
     sa.CheckConstraint(
         "(latitude IS NULL) = (longitude IS NULL) AND (ended_at IS NOT NULL OR latitude IS NOT NULL)",
         name="after_hours_sessions_exact_location",
@@ -85,7 +79,7 @@ sa.Index(
     sessions.c.id.desc(),
 )
 
-# The answer of each applied call that had a request_id: the session's columns that never change, and these as they were.
+# The answer of each applied call with a request_id: the session's columns that never change, and these as they were.
 requests = sa.Table(
     "after_hours_requests",
     metadata,

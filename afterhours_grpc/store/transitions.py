@@ -3,7 +3,7 @@
 What each transition keeps to, in this order, and why:
 
 1. It skips calls whose request_id was applied before; their answer is read, not made again.
-2. It locks the rows it is about, in the order of the arrays (which callers sort by user, so that two batches cannot
+2. It locks the rows it is about, in the order of the arrays (sorted by user, so that no two batches
    deadlock), and only then reads the clock, once. A clock read before a lock is old when the lock comes: a guard on it
    would revive a session that expired meanwhile.
 3. Its guards stand in the WHERE clause and compare with that clock. No row back means that the guard said no.
