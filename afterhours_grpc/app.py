@@ -80,11 +80,17 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def running(config: settings.Settings) -> collections.abc.AsyncIterator[Service]:
-    """Run the service: SERVING when entered; drained, then closed when left. Raise StartError or SettingsError."""
+async def running(
+    config: settings.Settings, leave: collections.abc.Callable[[], None] = lambda: None
+) -> collections.abc.AsyncIterator[Service]:
+    """Run the service: SERVING when entered; drained, then closed when left. Raise StartError or SettingsError.
+
+    `leave` is called when all but the port is closed, and may end the process: calls that come so late are then told
+    UNAVAILABLE by their transport, while grpc's own stop tells those in its queue CANCELLED, which nobody retries.
+    """
     config.check()
     assert config.database_url and config.fuzz_key  # noqa: S101, PT018 - checked just now
-    async with contextlib.AsyncExitStack() as stack:
+    async with contextlib.AsyncExitStack() as last, contextlib.AsyncExitStack() as stack:
         db = database.Database(config.database_url)
         stack.push_async_callback(db.close)
         session_store = store.Store(db)
@@ -92,11 +98,11 @@ async def running(config: settings.Settings) -> collections.abc.AsyncIterator[Se
         job_timers = timers.Timers(config.redis_url, session_store, database_clock)
         stack.push_async_callback(job_timers.close)
         sweeper = reconciler.Reconciler(session_store, job_timers, database_clock, config.reconcile_interval)
-        await _ready(config.database_url, sweeper)
-
         tasks = background.Background()
         stack.push_async_callback(tasks.stop)
         tasks.keep("timer writes", job_timers.write)
+        await _ready(config.database_url, sweeper)
+
         tasks.keep("timer fires", job_timers.fire)
         tasks.keep("reconciler", sweeper.run)
         job_timers.start()
@@ -110,7 +116,8 @@ async def running(config: settings.Settings) -> collections.abc.AsyncIterator[Se
         stack.push_async_callback(profiles.close)
         durations = wire.Durations(config.durations)
         grpc_server = server.Server(sessions, profiles, durations, with_reflection=config.reflection)
-        stack.push_async_callback(grpc_server.stop, _FAREWELL)
+        last.push_async_callback(grpc_server.stop)
+        last.callback(leave)
         address = await _listening(grpc_server, *config.listen)
         await grpc_server.serving(True)
         built = Service(db, session_store, grpc_server, job_timers, sweeper, address)

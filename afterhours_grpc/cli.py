@@ -3,7 +3,9 @@
 import asyncio
 import collections.abc
 import contextlib
+import dataclasses
 import inspect
+import json
 import os
 import pathlib
 import secrets
@@ -19,6 +21,7 @@ import typer
 
 from afterhours_grpc import app as service_app
 from afterhours_grpc import calls, logs, settings
+from afterhours_grpc import doctor as examination
 from afterhours_grpc.embedded import postgres, process, redis
 from afterhours_grpc.sessions import session
 from afterhours_grpc.store import database, schema, store
@@ -83,7 +86,7 @@ def serve(flags: dict[str, str]) -> None:
     try:
         config = settings.load(flags)
         logs.configure(config.log_format)
-        failed = asyncio.run(_serve(config))
+        failed = asyncio.run(_serve(config, leave=_exit))
     except (settings.SettingsError, service_app.StartError) as error:
         _refuse(error)
     raise typer.Exit(failed)
@@ -134,6 +137,27 @@ def dev(
     raise typer.Exit(failed)
 
 
+@app.command()
+@_with_settings
+def doctor(
+    flags: dict[str, str],
+    as_json: typing.Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look at all that the service stands on, and say what is wrong and what to do."""
+    try:
+        config = settings.load(flags)
+    except settings.SettingsError as error:
+        _refuse(error)
+    findings = asyncio.run(examination.examine(config))
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(each) for each in findings], indent=2))
+    else:
+        for each in findings:
+            advice = f"; {each.advice}" if each.advice else ""
+            typer.echo(f"{each.level.value:8}{each.name}: {each.told}{advice}")
+    raise typer.Exit(int(any(each.level is examination.Level.WRONG for each in findings)))
+
+
 def _data_dir() -> pathlib.Path:
     # Root's home is closed to the user that Postgres runs as.
     return pathlib.Path("/var/lib/afterhours") if os.geteuid() == 0 else pathlib.Path.home() / ".local/share/afterhours"
@@ -162,14 +186,20 @@ async def _dev(config: settings.Settings, url: str) -> int:
     return await _serve(config, _greet)
 
 
-async def _serve(config: settings.Settings, greet: collections.abc.Callable[[str], None] = lambda _: None) -> int:
-    """Serve until SIGTERM or SIGINT; give the exit status."""
+async def _serve(
+    config: settings.Settings,
+    greet: collections.abc.Callable[[str], None] = lambda _: None,
+    leave: collections.abc.Callable[[int], None] = lambda _: None,
+) -> int:
+    """Serve until SIGTERM or SIGINT, then call `leave` with the exit status, or give it."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     stopped = asyncio.create_task(stop.wait())
+    status = 0
     async with contextlib.AsyncExitStack() as stack:
-        starting = asyncio.create_task(stack.enter_async_context(service_app.running(config)))
+        context = service_app.running(config, leave=lambda: leave(status))
+        starting = asyncio.create_task(stack.enter_async_context(context))
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
@@ -182,10 +212,16 @@ async def _serve(config: settings.Settings, greet: collections.abc.Callable[[str
         await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
         status = int(running.failed.is_set())
         # Whatever hangs, the process ends in time.
-        limit = threading.Timer(config.drain.total_seconds(), os._exit, (status,))
+        limit = threading.Timer(config.drain.total_seconds(), _exit, (status,))
         limit.daemon = True
         limit.start()
     return status
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _greet(address: str) -> None:

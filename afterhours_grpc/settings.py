@@ -10,6 +10,7 @@ import typing
 import pydantic
 import pydantic_settings
 
+from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import location
 
 _UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -109,6 +110,10 @@ class Settings(pydantic_settings.BaseSettings):
         "AFTERHOURS_POSTGRES_BIN", None, "Folder of the Postgres programs that dev starts."
     )
 
+    fail_point: failpoints.Point | None = _variable(
+        "AFTERHOURS_FAIL_POINT", None, "For tests: the point at which the process kills itself."
+    )
+
     # Of the contract, and not built yet: refused rather than ignored.
     workers: typing.Literal["1"] = _variable("AFTERHOURS_WORKERS", "1", "Processes sharing the port: 1 for now.")
     transport: typing.Literal["grpcio"] = _variable("AFTERHOURS_TRANSPORT", "grpcio", "grpcio for now.")
@@ -145,7 +150,7 @@ def _loopback(host: str) -> bool:
 def load(overrides: typing.Mapping[str, str]) -> Settings:
     """Read the environment, and `overrides` by variable over it. Raise SettingsError."""
     try:
-        return Settings(**typing.cast("dict[str, typing.Any]", overrides))
+        config = Settings(**typing.cast("dict[str, typing.Any]", overrides))
     except pydantic.ValidationError as error:
         problems = []
         for each in error.errors():
@@ -153,3 +158,6 @@ def load(overrides: typing.Mapping[str, str]) -> Settings:
             told = each["msg"].removeprefix("Value error, ")
             problems.append(f"{name}: {told}" if name else told)
         raise SettingsError("; ".join(dict.fromkeys(problems))) from None
+    if config.fail_point:
+        failpoints.arm(config.fail_point)
+    return config

@@ -7,8 +7,11 @@ repeats every lease until a replica has done it, and one that dies loses nothing
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import datetime
+import os
+import socket
 import threading
 import typing
 import uuid
@@ -29,6 +32,8 @@ log = structlog.get_logger()
 
 KEY = "afterhours:jobs"
 PREFIX = "session:expire:"
+# When each replica last looked for due jobs, for `doctor`; those of a day ago are forgotten.
+PASSES = "afterhours:passes"
 
 # Seconds for which a claimed job is left to its claimant, and at most which pass between two looks at the store.
 LEASE = 0.5
@@ -41,6 +46,8 @@ SOCKET_TIMEOUT = 0.5
 _CLAIM_LUA = """
 local due = redis.call('ZRANGE', KEYS[1], '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[3])
 for _, id in ipairs(due) do redis.call('ZADD', KEYS[1], ARGV[2], id) end
+redis.call('ZADD', KEYS[2], ARGV[1], ARGV[4])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[1] - 86400)
 return {due, redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2] or 'inf'}
 """
 
@@ -107,6 +114,7 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
         )
         self._claim = self._redis.register_script(_CLAIM_LUA)
         self._clock = clock
+        self._replica = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
         self._passed = passed
         self._next_run_time = datetime.datetime.now(datetime.UTC)
         self._away = False
@@ -142,7 +150,7 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
         at = self._clock.now()
         self._claimed = score(at + LEASE)
         try:
-            due, first = self._claim(keys=[KEY], args=[score(at), self._claimed, room])
+            due, first = self._claim(keys=[KEY, PASSES], args=[score(at), self._claimed, room, self._replica])
             foreign = [id for id in due if session_id(id) is None]
             if foreign:
                 log.warning("foreign_jobs_dropped", count=len(foreign))
@@ -161,7 +169,7 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
         if str(error).startswith("WRONGTYPE"):
             # Somebody else's value under our key: the timers are gone anyway, and the reconciler sets them again.
             try:
-                self._redis.delete(KEY)
+                self._redis.delete(KEY, PASSES)
             except redis.exceptions.RedisError:
                 return
 
@@ -199,7 +207,9 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
         return []
 
     def shutdown(self) -> None:
-        """Close the connection."""
+        """Take this replica's name back, and close the connection."""
+        with contextlib.suppress(redis.exceptions.RedisError):
+            self._redis.zrem(PASSES, self._replica)
         self._redis.close()
 
 

@@ -9,7 +9,7 @@ import uuid
 import redis.exceptions
 import structlog
 
-from afterhours_grpc import metrics
+from afterhours_grpc import failpoints, metrics
 from afterhours_grpc.expiry import clock, timers
 from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import database, store
@@ -51,6 +51,7 @@ class Reconciler:
         while True:
             ids = await self._store.expire_overdue(BATCH)
             closed += len(ids)
+            failpoints.reach(failpoints.Point.SWEPT)
             await self._timers.cancel(ids)
             if len(ids) < BATCH:
                 return closed

@@ -82,6 +82,6 @@ class Server:
         self._boundary.drain()
         await self._boundary.idle_for(pause)
 
-    async def stop(self, grace: float) -> None:
-        """Close the port; cancel what is still in flight after `grace` seconds. Idempotent."""
-        await self._server.stop(grace)
+    async def stop(self) -> None:
+        """Close the port, and cancel what still comes in. Idempotent."""
+        await self._server.stop(None)

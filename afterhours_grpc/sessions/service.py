@@ -4,6 +4,7 @@ import collections.abc
 import datetime
 import typing
 
+from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import errors, location, session
 from afterhours_grpc.store import batching, database, store
 
@@ -57,7 +58,9 @@ class Sessions:
     async def _start(self, calls: list[session.Start]) -> Answers:
         candidates = [self._fuzzer.candidates(call.user_id, call.exact) for call in calls]
         opened = await self._store.start(calls, candidates)
+        failpoints.reach(failpoints.Point.STARTED)
         await self._timers.set([(each.id, each.expires_at) for each in opened if each])
+        failpoints.reach(failpoints.Point.TIMED)
         return await self._explained(session.Method.START, calls, opened)
 
     async def _end(self, calls: list[session.End]) -> Answers:

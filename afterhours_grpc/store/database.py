@@ -39,37 +39,39 @@ class Statement:
         self.names: tuple[str, ...] = tuple(compiled.positiontup or ())
 
 
+_SESSION_SETTINGS = {
+    "application_name": "afterhours",
+    "timezone": "UTC",
+    "statement_timeout": str(int(STATEMENT_TIMEOUT * 1000)),
+    # A row that another holds costs its caller another try, and those in the same batch only this.
+    "lock_timeout": "500",
+    "idle_in_transaction_session_timeout": str(int(ANSWER_TIMEOUT * 1000)),
+    # Plans are cached while tables are small, and must stay right when they are not.
+    "enable_seqscan": "off",
+    "jit": "off",
+}
+
 Row = collections.abc.Mapping[str, typing.Any]
 Run = collections.abc.Callable[..., collections.abc.Awaitable[list[Row]]]
+
+
+async def connect(url: str) -> asyncpg.Connection:
+    """Make a connection as the service uses them. Raise OSError, TimeoutError or asyncpg's errors."""
+    return await asyncpg.connect(url, timeout=ANSWER_TIMEOUT, server_settings=_SESSION_SETTINGS)
 
 
 class Database:
     """A pool of at most `connections` connections to `url`, which asyncpg reads as libpq does."""
 
-    def __init__(self, url: str, *, connections: int = 16, application: str = "afterhours") -> None:
+    def __init__(self, url: str, *, connections: int = 16) -> None:
         self.url = url
         # Tests move the service's clock by this; see `transitions.NOW`.
         self.clock_offset = datetime.timedelta()
-        settings = {
-            "application_name": application,
-            "timezone": "UTC",
-            "statement_timeout": str(int(STATEMENT_TIMEOUT * 1000)),
-            # A row that another holds costs its caller another try, and those in the same batch only this.
-            "lock_timeout": "500",
-            "idle_in_transaction_session_timeout": str(int(ANSWER_TIMEOUT * 1000)),
-            # Plans are cached while tables are small, and must stay right when they are not.
-            "enable_seqscan": "off",
-            "jit": "off",
-        }
-
-        async def connect() -> asyncpg.Connection:
-            return await asyncpg.connect(url, timeout=ANSWER_TIMEOUT, server_settings=settings)
-
         # Statements run on the driver's connection, each in a transaction of its own, so there is nothing for the
         # pool to roll back when it gets one again.
         self._engine = sa_asyncio.create_async_engine(
             "postgresql+asyncpg://",
-            async_creator=connect,
+            async_creator=lambda: connect(url),
             pool_size=connections,
             max_overflow=0,
             pool_timeout=ANSWER_TIMEOUT,

@@ -62,6 +62,12 @@ WHERE ended_at IS NULL AND (expires_at, id) > (CAST(:expires_at AS timestamptz),
 ORDER BY expires_at, id LIMIT :most
 """)
 
+# What no sweep has closed yet, and for how long at most.
+OVERDUE = database.Statement(f"""
+SELECT count(*) AS overdue, coalesce(max(({transitions.NOW}) - expires_at), interval '0') AS longest
+FROM after_hours_sessions WHERE ended_at IS NULL AND expires_at <= (SELECT {transitions.NOW})
+""")
+
 # Of these sessions, those that should have a timer.
 STILL_ACTIVE = database.Statement("""
 SELECT id FROM after_hours_sessions WHERE id = ANY(CAST(:ids AS uuid[])) AND ended_at IS NULL

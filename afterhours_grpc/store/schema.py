@@ -11,6 +11,8 @@ import sqlalchemy as sa
 import sqlalchemy.exc
 from sqlalchemy.ext import asyncio as sa_asyncio
 
+from afterhours_grpc import failpoints
+
 VERSION_TABLE = "after_hours_schema"
 # Seconds that a migration waits for a lock, its own or a table's, rather than hold up the calls behind it.
 LOCK_TIMEOUT = 10
@@ -71,6 +73,7 @@ async def migrate(url: str) -> int:
             await connection.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'"))
             await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
             await connection.run_sync(_upgrade)
+            failpoints.reach(failpoints.Point.MIGRATED)
     except sqlalchemy.exc.DBAPIError as error:
         if getattr(error.orig, "sqlstate", None) == "55P03":
             raise SchemaError(f"a lock was not to be had within {LOCK_TIMEOUT} s: run it again") from error

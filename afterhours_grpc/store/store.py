@@ -8,6 +8,7 @@ import collections.abc
 import dataclasses
 import datetime
 
+from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import location, session
 from afterhours_grpc.store import database, queries, transitions
 
@@ -126,6 +127,7 @@ class Store:
         async with self._database.transaction() as run:
             if not await run(queries.DELETE_PROFILE, user_id=user_id):
                 return False, []
+            failpoints.reach(failpoints.Point.DELETED)
             rows = await run(
                 transitions.END_OF_USERS,
                 user_ids=[user_id],
@@ -145,6 +147,11 @@ class Store:
         """Read at most `most` open sessions and when they are due, by (expires_at, id), after this one."""
         rows = await self._database.fetch(queries.ACTIVE_AFTER, expires_at=expires_at, id=id, most=most)
         return [(row["id"], row["expires_at"]) for row in rows]
+
+    async def overdue(self) -> tuple[int, datetime.timedelta]:
+        """Count the overdue sessions that nothing has closed yet, and give for how long at most."""
+        [row] = await self._database.fetch(queries.OVERDUE)
+        return row["overdue"], row["longest"]
 
     async def still_active(self, ids: collections.abc.Sequence[session.SessionId]) -> set[session.SessionId]:
         """Read which of these sessions are open."""

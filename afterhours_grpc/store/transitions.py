@@ -10,8 +10,8 @@ What each transition keeps to, in this order, and why:
 4. It stores the answer of a call with a request_id in the same statement. A duplicate in flight fails on the primary
    key, takes the whole statement back, and finds the stored answer when it is tried again.
 
-One index probe a user is written as CROSS JOIN LATERAL (... LIMIT 1), and targets as `id = ANY(ARRAY(...))`: a plan that
-was cached while the table was small must stay right when it is not.
+One index probe a user is written as CROSS JOIN LATERAL (... LIMIT 1), and targets as `id = ANY(ARRAY(...))`: a plan
+that was cached while the table was small must stay right when it is not.
 """
 
 from afterhours_grpc.store import database
