@@ -117,11 +117,11 @@ async def running(
         durations = wire.Durations(config.durations)
         grpc_server = server.Server(sessions, profiles, durations, with_reflection=config.reflection)
         last.push_async_callback(grpc_server.stop)
-        last.callback(leave)
         address = await _listening(grpc_server, *config.listen)
         await grpc_server.serving(True)
         built = Service(db, session_store, grpc_server, job_timers, sweeper, address)
         watch = tasks.keep("watch", built.watch)
+        last.callback(leave)
         try:
             yield built
         finally:

@@ -179,7 +179,7 @@ async def _dev(config: settings.Settings, url: str) -> int:
     db = database.Database(url)
     try:
         profiles = store.Store(db)
-        if await profiles.get_profile(DEMO) is None:
+        if not await profiles.get_profiles([DEMO]):
             await profiles.put_profile(session.Profile(DEMO, identity_verified=True, location_consent=True))
     finally:
         await db.close()

@@ -42,6 +42,8 @@ _OUTSTANDING = 4000
 _CLAIM = 1000
 # Seconds to wait for Redis. There is no retry: the next look is one.
 SOCKET_TIMEOUT = 0.5
+# A stranger's member may be no text, and is dropped by its very bytes.
+ENCODING_ERRORS = "surrogateescape"
 
 _CLAIM_LUA = """
 local due = redis.call('ZRANGE', KEYS[1], '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[3])
@@ -107,7 +109,7 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
         self._redis = redis.Redis.from_url(
             url,
             decode_responses=True,
-            encoding_errors="replace",
+            encoding_errors=ENCODING_ERRORS,
             socket_timeout=SOCKET_TIMEOUT,
             socket_connect_timeout=SOCKET_TIMEOUT,
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),

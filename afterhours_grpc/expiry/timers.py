@@ -50,6 +50,7 @@ class Timers:
                 max_connections=4,
                 timeout=jobstore.SOCKET_TIMEOUT,
                 decode_responses=True,
+                encoding_errors=jobstore.ENCODING_ERRORS,
                 socket_timeout=jobstore.SOCKET_TIMEOUT,
                 socket_connect_timeout=jobstore.SOCKET_TIMEOUT,
                 retry=redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0),

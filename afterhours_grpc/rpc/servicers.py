@@ -26,20 +26,20 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
     async def StartSession(  # noqa: N802 - the proto's name, as below
         self, request: session_service_pb2.StartSessionRequest, _: _Context
     ) -> session_service_pb2.StartSessionResponse:
-        call = wire.start(request, auth.caller.get(), self._durations)
+        call = wire.start(request, auth.caller.get(), auth.deadline.get(), self._durations)
         started = await self._sessions.start(call)
         return session_service_pb2.StartSessionResponse(session=wire.session_message(started))
 
     async def EndSession(  # noqa: N802
         self, request: session_service_pb2.EndSessionRequest, _: _Context
     ) -> session_service_pb2.EndSessionResponse:
-        ended = await self._sessions.end(wire.end(request, auth.caller.get()))
+        ended = await self._sessions.end(wire.end(request, auth.caller.get(), auth.deadline.get()))
         return session_service_pb2.EndSessionResponse(session=wire.session_message(ended))
 
     async def ExtendSession(  # noqa: N802
         self, request: session_service_pb2.ExtendSessionRequest, _: _Context
     ) -> session_service_pb2.ExtendSessionResponse:
-        call = wire.extend(request, auth.caller.get(), self._durations)
+        call = wire.extend(request, auth.caller.get(), auth.deadline.get(), self._durations)
         extended = await self._sessions.extend(call)
         return session_service_pb2.ExtendSessionResponse(session=wire.session_message(extended))
 

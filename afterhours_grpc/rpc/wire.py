@@ -105,7 +105,9 @@ def request_id(request: object) -> str | None:
     return found if found and _UUID.fullmatch(found) else None
 
 
-def start(request: session_service_pb2.StartSessionRequest, caller: str, allowed: Durations) -> session.Start:
+def start(
+    request: session_service_pb2.StartSessionRequest, caller: str, deadline: float, allowed: Durations
+) -> session.Start:
     """Parse, or raise InvalidRequest."""
     form = _Form()
     parsed = session.Start(
@@ -113,26 +115,30 @@ def start(request: session_service_pb2.StartSessionRequest, caller: str, allowed
         duration=form.duration(request.duration, "duration", allowed),
         exact=form.exact(request),
         request=form.request(request, caller),
+        deadline=deadline,
     )
     form.check()
     return parsed
 
 
-def end(request: session_service_pb2.EndSessionRequest, caller: str) -> session.End:
+def end(request: session_service_pb2.EndSessionRequest, caller: str, deadline: float) -> session.End:
     """Parse, or raise InvalidRequest."""
     form = _Form()
-    parsed = session.End(form.user_id(request.user_id), form.request(request, caller))
+    parsed = session.End(form.user_id(request.user_id), form.request(request, caller), deadline)
     form.check()
     return parsed
 
 
-def extend(request: session_service_pb2.ExtendSessionRequest, caller: str, allowed: Durations) -> session.Extend:
+def extend(
+    request: session_service_pb2.ExtendSessionRequest, caller: str, deadline: float, allowed: Durations
+) -> session.Extend:
     """Parse, or raise InvalidRequest."""
     form = _Form()
     parsed = session.Extend(
         user_id=form.user_id(request.user_id),
         additional=form.duration(request.additional_duration, "additional_duration", allowed),
         request=form.request(request, caller),
+        deadline=deadline,
     )
     form.check()
     return parsed

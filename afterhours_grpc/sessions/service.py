@@ -103,6 +103,7 @@ class Profiles:
         self._timers = timers
         # One statement a call, in a task that a cancelled caller leaves behind to finish.
         self._puts = batching.Batcher(self._put, lambda profile: (profile.user_id,), most=1)
+        self._gets = batching.Batcher(self._get, lambda user_id: (user_id,))
         self._deletes = batching.Batcher(self._delete, lambda user_id: (user_id,), most=1)
 
     async def put(self, profile: session.Profile) -> session.Profile:
@@ -111,10 +112,7 @@ class Profiles:
 
     async def get(self, user_id: session.UserId) -> session.Profile:
         """Read a profile, or raise ProfileNotFound."""
-        profile = await self._store.get_profile(user_id)
-        if profile is None:
-            raise errors.ProfileNotFound
-        return profile
+        return await self._gets.submit(user_id)
 
     async def delete(self, user_id: session.UserId) -> None:
         """Delete a profile and end its active session, or raise ProfileNotFound."""
@@ -122,13 +120,17 @@ class Profiles:
 
     async def close(self) -> None:
         """Wait until what was taken has been answered."""
-        await self._puts.close()
-        await self._deletes.close()
+        for batcher in (self._puts, self._gets, self._deletes):
+            await batcher.close()
 
     async def _put(self, profiles: list[session.Profile]) -> list[session.Profile]:
         for profile in profiles:
             await self._store.put_profile(profile)
         return profiles
+
+    async def _get(self, user_ids: list[session.UserId]) -> list[session.Profile | Exception]:
+        profiles = await self._store.get_profiles(user_ids)
+        return [profiles.get(user_id) or errors.ProfileNotFound() for user_id in user_ids]
 
     async def _delete(self, user_ids: list[session.UserId]) -> list[Exception | None]:
         answers: list[Exception | None] = []

@@ -91,12 +91,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Start:
-    """Open a session for `duration`."""
+    """Open a session for `duration`. `deadline`, here and below, is a time.monotonic() by which it must be applied."""
 
     user_id: UserId
     duration: datetime.timedelta
     exact: location.ExactLocation
     request: Request | None
+    deadline: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class End:
 
     user_id: UserId
     request: Request | None
+    deadline: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,3 +116,4 @@ class Extend:
     user_id: UserId
     additional: datetime.timedelta
     request: Request | None
+    deadline: float

@@ -44,9 +44,9 @@ ON CONFLICT (user_id) DO UPDATE SET premium_expires_at = EXCLUDED.premium_expire
     identity_verified = EXCLUDED.identity_verified, location_consent = EXCLUDED.location_consent
 """)
 
-GET_PROFILE = database.Statement("""
+GET_PROFILES = database.Statement("""
 SELECT user_id, premium_expires_at, identity_verified, location_consent
-FROM after_hours_profiles WHERE user_id = :user_id
+FROM after_hours_profiles WHERE user_id = ANY(CAST(:user_ids AS text[]))
 """)
 
 DELETE_PROFILE = database.Statement("""

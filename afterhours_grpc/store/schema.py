@@ -77,7 +77,8 @@ async def migrate(url: str) -> int:
     except sqlalchemy.exc.DBAPIError as error:
         if getattr(error.orig, "sqlstate", None) == "55P03":
             raise SchemaError(f"a lock was not to be had within {LOCK_TIMEOUT} s: run it again") from error
-        raise
+        # The driver's own, as `current` and `check` raise it.
+        raise (error.orig.__cause__ if error.orig and error.orig.__cause__ else error) from None
     finally:
         await asyncio.shield(engine.dispose())
     return max(newest(), await current(url))

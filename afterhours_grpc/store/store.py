@@ -7,6 +7,7 @@ order. Raises `errors.StoreUnavailable`, and `database.Retry` if the whole set w
 import collections.abc
 import dataclasses
 import datetime
+import time
 
 from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import location, session
@@ -117,10 +118,12 @@ class Store:
         """Create or replace a profile."""
         await self._database.fetch(queries.PUT_PROFILE, **dataclasses.asdict(profile))
 
-    async def get_profile(self, user_id: session.UserId) -> session.Profile | None:
-        """Read a profile."""
-        rows = await self._database.fetch(queries.GET_PROFILE, user_id=user_id)
-        return session.Profile(**rows[0]) if rows else None
+    async def get_profiles(
+        self, user_ids: collections.abc.Sequence[session.UserId]
+    ) -> dict[session.UserId, session.Profile]:
+        """Read profiles, by user."""
+        rows = await self._database.fetch(queries.GET_PROFILES, user_ids=list(user_ids))
+        return {row["user_id"]: session.Profile(**row) for row in rows}
 
     async def delete_profile(self, user_id: session.UserId) -> tuple[bool, list[session.SessionId]]:
         """Delete a profile and end its active session, both or neither: whether there was one, and what ended."""
@@ -165,12 +168,14 @@ class Store:
 
 def _asked(method: session.Method, calls: collections.abc.Sequence[Call]) -> dict[str, object]:
     requests = [call.request for call in calls]
+    now = time.monotonic()
     return {
         "method": method.value,
         "ordinals": list(range(1, len(calls) + 1)),
         "user_ids": [call.user_id for call in calls],
         "callers": [request and request.caller for request in requests],
         "request_ids": [request and request.id for request in requests],
+        "times_left": [datetime.timedelta(seconds=max(0.0, call.deadline - now)) for call in calls],
         "fingerprints": [request and request.fingerprint for request in requests],
     }
 

@@ -23,7 +23,14 @@ SESSION = """s.id, s.user_id, s.started_at, s.expires_at, s.ended_at, s.end_reas
 NOW = "clock_timestamp() + CAST(:clock_offset AS interval)"
 
 # Reading the count of the locked rows makes the clock wait until the last lock is held.
-_CLOCK = f"clock AS MATERIALIZED (SELECT {NOW} AS at FROM (SELECT count(*) FROM locked) AS after_the_locks)"
+_CLOCK = f"""
+    clock AS MATERIALIZED (
+        SELECT {NOW} AS at, clock_timestamp() - statement_timestamp() AS waited
+        FROM (SELECT count(*) FROM locked) AS after_the_locks
+    )"""
+
+# What was locked before its call's deadline: who was told DEADLINE_EXCEEDED must not find it applied later.
+_IN_TIME = "ARRAY(SELECT locked.id FROM locked CROSS JOIN clock WHERE clock.waited < locked.time_left)"
 
 
 def _fresh(columns: str, arrays: str) -> str:
@@ -32,8 +39,8 @@ def _fresh(columns: str, arrays: str) -> str:
     fresh AS MATERIALIZED (
         SELECT asked.*
         FROM unnest(CAST(:ordinals AS int[]), CAST(:user_ids AS text[]), CAST(:callers AS text[]),
-                CAST(:request_ids AS uuid[]), CAST(:fingerprints AS bytea[]){arrays})
-            AS asked(ordinal, user_id, caller, request_id, fingerprint{columns})
+                CAST(:request_ids AS uuid[]), CAST(:fingerprints AS bytea[]), CAST(:times_left AS interval[]){arrays})
+            AS asked(ordinal, user_id, caller, request_id, fingerprint, time_left{columns})
         LEFT JOIN LATERAL (
             SELECT true AS applied FROM after_hours_requests AS r
             WHERE r.caller = asked.caller AND r.method = :method AND r.request_id = asked.request_id
@@ -109,6 +116,7 @@ WITH {
                 candidate.rank
             LIMIT 1
         ) AS place
+        WHERE clock.waited < eligible.time_left
         ON CONFLICT (user_id) WHERE ended_at IS NULL DO NOTHING
         RETURNING {SESSION}
     ),
@@ -125,7 +133,7 @@ WITH {_fresh(", additional", ", CAST(:additionals AS interval[])")},
     extended AS (
         UPDATE after_hours_sessions AS s SET expires_at = s.expires_at + locked.additional
         FROM locked, clock
-        WHERE s.id = ANY(ARRAY(SELECT id FROM locked)) AND s.id = locked.id
+        WHERE s.id = ANY({_IN_TIME}) AND s.id = locked.id
             AND s.ended_at IS NULL AND s.expires_at > clock.at
         RETURNING {SESSION}
     ),
@@ -134,24 +142,27 @@ SELECT fresh.ordinal, s.*, clock.at AS as_of
 FROM extended AS s JOIN fresh USING (user_id) CROSS JOIN clock
 """)
 
+
 # Every end of a session is this one: an overdue session is closed as EXPIRED at its expires_at whoever asks, another
 # one now, for the reason that is asked for; without a reason (NULL) only overdue ones are closed.
-_ENDED = f"""
+def _ended(ids: str = "ARRAY(SELECT id FROM locked)") -> str:
+    return f"""
     {_CLOCK},
     ended AS (
         UPDATE after_hours_sessions AS s
         SET ended_at = GREATEST(s.started_at, LEAST(clock.at, s.expires_at)),
             end_reason = CASE WHEN s.expires_at <= clock.at THEN 'EXPIRED' ELSE CAST(:reason AS text) END
         FROM clock
-        WHERE s.id = ANY(ARRAY(SELECT id FROM locked)) AND s.ended_at IS NULL
+        WHERE s.id = ANY({ids}) AND s.ended_at IS NULL
             AND (s.expires_at <= clock.at OR CAST(:reason AS text) IS NOT NULL)
         RETURNING {SESSION}
     )"""
 
+
 END = database.Statement(f"""
 WITH {_fresh("", "")},
     {_LOCKED_BY_USER.format(asked="fresh")},
-    {_ENDED},
+    {_ended(_IN_TIME)},
     asked_for AS (SELECT * FROM ended WHERE end_reason = :reason),
     {_KEPT.format(changed="asked_for")}
 SELECT fresh.ordinal, s.*, clock.at AS as_of
@@ -162,7 +173,7 @@ FROM ended AS s JOIN fresh USING (user_id) CROSS JOIN clock
 END_OF_USERS = database.Statement(f"""
 WITH asked AS (SELECT user_id FROM unnest(CAST(:user_ids AS text[])) AS asked(user_id)),
     {_LOCKED_BY_USER.format(asked="asked")},
-    {_ENDED}
+    {_ended()}
 SELECT s.id FROM ended AS s
 """)
 
@@ -173,7 +184,7 @@ WITH locked AS MATERIALIZED (
         WHERE id = ANY(CAST(:ids AS uuid[])) AND ended_at IS NULL
         FOR UPDATE SKIP LOCKED
     ),
-    {_ENDED}
+    {_ended()}
 SELECT asked.id,
     ended.id IS NOT NULL OR open.id IS NULL AND locked.id IS NULL AS over,
     CASE WHEN ended.id IS NULL THEN locked.expires_at END AS due
@@ -193,6 +204,6 @@ WITH locked AS MATERIALIZED (
         ORDER BY expires_at, id
         LIMIT :most FOR UPDATE SKIP LOCKED
     ),
-    {_ENDED}
+    {_ended()}
 SELECT s.id FROM ended AS s
 """)
