@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import signal
 import sys
 
 
 def main() -> None:
     """Run the commands, or say what to install: the stubs alone come without them."""
+    # Told to stop while it still imports, a server has nothing to drain.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     missing = [name for name in ("typer", "sqlalchemy", "apscheduler") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit("afterhours-grpc: the service is not installed: pip install 'afterhours[server]'")

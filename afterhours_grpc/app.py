@@ -142,6 +142,8 @@ async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
             reraise=True,
         ):
             with attempt:
+                if attempt.retry_state.attempt_number == 2:  # once, after the first failure
+                    log.warning("waiting_for_postgres", seconds=_PATIENCE_AT_START)
                 await schema.check(url)
                 await sweeper.close_overdue()
     except schema.SchemaError as error:

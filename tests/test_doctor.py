@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 import socket
+import tempfile
 import typing
 
 import pytest
@@ -133,17 +134,12 @@ async def pgbouncer(engines: replicas.Engines, folder: pathlib.Path, extra: str)
 
 @pytest.mark.skipif(not shutil.which("pgbouncer", path="/usr/sbin:/usr/bin"), reason="Debian's pgbouncer is not here")
 @pytest.mark.parametrize("extra", ["", f"ignore_startup_parameters = {_OURS}"])
-async def test_a_pooler_in_transaction_mode(
-    engines: replicas.Engines, tmp_path_factory: pytest.TempPathFactory, extra: str
-) -> None:
+async def test_a_pooler_in_transaction_mode(engines: replicas.Engines, extra: str) -> None:
     """PgBouncer in transaction mode is not supported, and is said to be, whether it refuses settings or drops them."""
-    folder = pathlib.Path("/tmp") / tmp_path_factory.mktemp("pgbouncer").name  # noqa: S108 - nobody must read it
-    folder.mkdir(exist_ok=True)
-    try:
-        async with pgbouncer(engines, folder, extra) as url:
+    # Not below tmp_path, which is closed to the user that it runs as.
+    with tempfile.TemporaryDirectory() as folder:
+        async with pgbouncer(engines, pathlib.Path(folder), extra) as url:
             status, findings = await doctor(engines.environment(DATABASE_URL=url))
-        assert status == 1
-        assert "database" in wrong(findings)
-        assert "PgBouncer" in findings["database"]["advice"]
-    finally:
-        shutil.rmtree(folder)
+    assert status == 1
+    assert "database" in wrong(findings)
+    assert "PgBouncer" in findings["database"]["advice"]

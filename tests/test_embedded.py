@@ -89,10 +89,7 @@ def someone() -> tuple[str, dict[str, Any]]:
     # Root's own interpreter may lie where no one else can enter, as one in /root does.
     for python in (sys.executable, shutil.which("python3", path="/usr/local/bin:/usr/bin")):
         with contextlib.suppress(PermissionError):
-            if (
-                python
-                and subprocess.run([python, "-c", check], cwd="/", check=False, **account).returncode == 0
-            ):
+            if python and subprocess.run([python, "-c", check], cwd="/", check=False, **account).returncode == 0:
                 return python, account
     pytest.skip("there is no Python 3.11 that an ordinary user can run")
 

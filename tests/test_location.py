@@ -91,9 +91,7 @@ def test_repetition(user_id: str, place: location.ExactLocation) -> None:
 
 
 @hypothesis.given(user_ids, grounds, bearings, strategies.floats(0, 1500))
-def test_cell_decides(
-    user_id: str, ground: tuple[Grid, location.ExactLocation], bearing: float, meters: float
-) -> None:
+def test_cell_decides(user_id: str, ground: tuple[Grid, location.ExactLocation], bearing: float, meters: float) -> None:
     """Two points of a cell are shown at the same place, bit for bit, and points of two cells are not."""
     grid, place = ground
     with grid():
