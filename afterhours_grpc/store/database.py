@@ -150,6 +150,7 @@ def _away_is_unavailable() -> collections.abc.Iterator[None]:
         OSError,
         TimeoutError,
         asyncpg.InterfaceError,
+        asyncpg.InternalClientError,  # the server spoke out of turn, as it does when it ends a connection
         sqlalchemy.exc.DBAPIError,
         sa.exc.TimeoutError,
     ) as error:

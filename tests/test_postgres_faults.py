@@ -1,0 +1,397 @@
+"""Postgres away, silent, full, or giving up: calls are answered in time, nothing is lost, and service goes on."""
+
+import asyncio
+import collections.abc
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import pathlib
+import time
+import typing
+
+import asyncpg
+import conftest
+import onlooker
+import proxy
+import psutil
+import pytest
+import replicas
+from afterhours.v1 import session_pb2
+
+from afterhours_grpc import app
+from afterhours_grpc.embedded import postgres, redis
+from afterhours_grpc.store import schema
+
+Call = collections.abc.Callable[..., collections.abc.Awaitable[session_pb2.Session]]
+
+pytestmark = pytest.mark.store
+
+# Seconds that a call waits for Postgres at most, and what a machine that has more to do may add.
+LONGEST = 5.0
+SLACK = 1.5
+# Connections of a replica, at most.
+POOL = 16
+
+_numbers = itertools.count()
+
+
+class Faulty:
+    """A Postgres of these tests' own."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        settings = {
+            "fsync": "off",
+            "full_page_writes": "off",
+            "max_connections": "60",
+            # Sooner than a statement of the service gives up waiting for a lock.
+            "deadlock_timeout": "350ms",
+        }
+        self._server = postgres.Postgres(directory, bindir=conftest.postgres_bin(), settings=settings)
+        # It ends when the thread that started it does; this one does not hold up the event loop.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._thread.submit(self._server.start).result()
+
+    @property
+    def url(self) -> str:
+        """Where it is, again after a restart."""
+        return self._server.url
+
+    async def restart(self, mode: typing.Literal["fast", "immediate"]) -> None:
+        """Stop it, and start it again."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, lambda: self._server.stop(mode=mode))
+        await loop.run_in_executor(self._thread, self._server.start)
+
+    @contextlib.contextmanager
+    def silent(self) -> collections.abc.Iterator[None]:
+        """Stop all its processes: the kernel takes connections for it, and nobody answers."""
+        postmaster = psutil.Process(self._server.pid)
+        postmaster.suspend()
+        everyone = [postmaster, *postmaster.children(recursive=True)]
+        try:
+            for each in everyone:
+                each.suspend()
+            yield
+        finally:
+            for each in everyone:
+                each.resume()
+
+    def said(self, words: str) -> int:
+        """Count what is in its log."""
+        return self._server.log.read_text().count(words)
+
+    def close(self) -> None:
+        """Stop it for good."""
+        self._thread.submit(self._server.stop, mode="immediate").result()
+        self._thread.shutdown()
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> collections.abc.Iterator[Faulty]:
+    """Run a Postgres that the tests may harm, migrated."""
+    server = Faulty(tmp_path_factory.mktemp("postgres"))
+    asyncio.run(schema.migrate(server.url))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def engines(faulty: Faulty, redis_server: redis.Redis) -> collections.abc.AsyncIterator[replicas.Engines]:
+    """Give a test its own database there, which no connection may be left to afterwards."""
+    name = f"test_{next(_numbers)}"
+    host = faulty.url.rpartition("/")[0]
+    administration = replicas.Engines(f"{host}/postgres", redis_server.url)
+    await administration.rows(f"CREATE DATABASE {name} TEMPLATE afterhours")
+    yield replicas.Engines(f"{host}/{name}", redis_server.url)
+
+    async def left() -> bool:
+        return not await administration.rows("SELECT FROM pg_stat_activity WHERE datname = $1", name)
+
+    await replicas.eventually(left, within=5)
+    await administration.rows(f"DROP DATABASE {name}")
+
+
+@contextlib.asynccontextmanager
+async def held(engines: replicas.Engines, user: str) -> collections.abc.AsyncIterator[asyncpg.Connection]:
+    """Hold the row of a user's session, as a writer elsewhere would; give the connection that does."""
+    connection = await asyncpg.connect(engines.database_url)
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT FROM after_hours_sessions WHERE user_id = $1 FOR UPDATE", user)
+            yield connection
+    finally:
+        await connection.close()
+
+
+async def waiting(engines: replicas.Engines) -> list[int]:
+    """Give the backends of the service that wait for a lock, once there are any."""
+    pids: list[int] = []
+
+    async def found() -> bool:
+        rows = await engines.rows(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'afterhours' AND wait_event_type = 'Lock'"
+            " AND datname = current_database()"
+        )
+        pids.extend(row["pid"] for row in rows)
+        return bool(rows)
+
+    await replicas.eventually(found, within=5)
+    return pids
+
+
+def says_try_again(refusal: replicas.Refusal) -> bool:
+    """Say whether a call was refused as it has to be while Postgres is away."""
+    retry = refusal.details.get("RetryInfo")
+    told = (refusal.code, refusal.reason) == ("UNAVAILABLE", "STORE_UNAVAILABLE")
+    return bool(told and retry and retry.retry_delay.ToTimedelta() > datetime.timedelta())
+
+
+async def as_promised(engines: replicas.Engines, load: onlooker.Load) -> None:
+    """Check what came of a load: answers in time, refusals that say what to do, and each call applied exactly once."""
+    assert all(says_try_again(each) for each in load.refusals), load.refusals
+    assert load.seconds[-1] < LONGEST + SLACK
+    rows = await engines.rows("SELECT * FROM after_hours_sessions WHERE user_id LIKE 'loader %'")
+    assert sorted(str(row["id"]) for row in rows) == sorted(load.sessions)
+    assert {row["expires_at"] - row["started_at"] for row in rows} == {datetime.timedelta(minutes=30)}
+    assert {row["end_reason"] for row in rows} == {"USER"}
+
+
+async def nothing_leaks(engines: replicas.Engines, service: app.Service, replicas_there: int = 1) -> None:
+    """Check that no connection is in use, and that the server has no more of ours than the pools may have."""
+
+    async def quiet() -> bool:
+        backends = await engines.rows(
+            "SELECT state FROM pg_stat_activity WHERE application_name = 'afterhours' AND datname = current_database()"
+        )
+        busy = [each for each in backends if each["state"] != "idle"]
+        return len(backends) <= POOL * replicas_there and not busy and service.database.checked_out == 0
+
+    await replicas.eventually(quiet, within=5)
+
+
+async def serving(client: replicas.Client, does: bool, within: float) -> None:
+    """Wait until health says so."""
+
+    async def told() -> bool:
+        return await client.health() == ("SERVING" if does else "NOT_SERVING")
+
+    await replicas.eventually(told, within)
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+async def test_a_restart_under_load_loses_nothing(
+    engines: replicas.Engines, faulty: Faulty, mode: typing.Literal["fast", "immediate"]
+) -> None:
+    """Across a restart or a crash under load calls are OK or UNAVAILABLE, none is lost, and what is due is ended."""
+    async with replicas.replica(engines) as (service, client):
+        await onlooker.started(client, 20)
+        async with onlooker.load(client) as load:
+            await faulty.restart(mode)
+            back = len(load.answers)
+
+            async def goes_on() -> bool:
+                later = load.answers[back:]
+                return sum(not isinstance(each.outcome, replicas.Refusal) for each in later) >= 100
+
+            await replicas.eventually(goes_on, within=10)
+        assert load.refusals
+        await as_promised(engines, load)
+        await onlooker.lateness(engines, 20)
+        await serving(client, True, within=5)
+        await nothing_leaks(engines, service)
+
+
+async def test_a_silent_postgres_is_an_unreachable_one(engines: replicas.Engines, faulty: Faulty) -> None:
+    """While Postgres is stopped, calls are answered in 5 s or by their deadline, and health tells after 5 s.
+
+    When it goes on, sessions that ended meanwhile are closed before health says SERVING again.
+    """
+    async with replicas.replica(engines) as (service, client):
+        await onlooker.started(client, 20)
+        async with onlooker.load(client) as load:
+            with faulty.silent():
+                fell_silent = time.monotonic()
+                hurried = await replicas.refused(client.get("user 0", timeout=1))
+                assert hurried.code == "DEADLINE_EXCEEDED"
+                assert time.monotonic() - fell_silent < 1 + SLACK
+                assert await client.health() == "SERVING"
+                await serving(client, False, within=8 + SLACK)
+                assert time.monotonic() - fell_silent > LONGEST - 1
+                assert await client.health("") == "SERVING"
+            await serving(client, True, within=5)
+            rows = await engines.rows("SELECT FROM after_hours_sessions WHERE ended_at IS NULL AND expires_at < now()")
+            assert not rows
+        assert load.refusals
+        await as_promised(engines, load)
+        await nothing_leaks(engines, service)
+
+
+async def replies_are_lost(engines: replicas.Engines, who: str, *, arrived: bool) -> None:
+    """Have every kind of call of `who` lose its reply, or its request too, and ask again by the same request_id."""
+    async with proxy.Proxy(engines.database_url) as network:
+        by_way = dataclasses.replace(engines, database_url=network.url)
+        async with replicas.replica(by_way, AFTERHOURS_RECONCILE_INTERVAL="1h") as (service, client):
+            users = starting, extending, ending, leaving = [f"{who} {n}" for n in range(4)]
+            await asyncio.gather(*(client.put_profile(user) for user in users))
+            await asyncio.gather(*(client.start(user) for user in users[1:]))
+            if arrived:
+                # A connection that has not prepared a statement yet loses the reply to that, and applies nothing.
+                async with onlooker.load(client):
+                    await asyncio.sleep(0.5)
+            calls: list[tuple[Call, str, str]] = [
+                (client.start, starting, replicas.request_id()),
+                (client.extend, extending, replicas.request_id()),
+                (client.end, ending, replicas.request_id()),
+            ]
+            network.swallow_replies = True
+            network.swallow_requests = not arrived
+            asked = time.monotonic()
+            refusals = await asyncio.gather(
+                *(replicas.refused(call(user, request_id=id)) for call, user, id in calls),
+                replicas.refused(client.delete_profile(leaving)),
+            )
+            assert time.monotonic() - asked < LONGEST + SLACK
+            assert all(says_try_again(each) for each in refusals), refusals
+
+            ids = [id for _, _, id in calls]
+            applied = await engines.rows("SELECT FROM after_hours_requests WHERE request_id = ANY($1::uuid[])", ids)
+            assert bool(applied) is arrived
+            network.swallow(False)
+            first = await asyncio.gather(*(call(user, request_id=id) for call, user, id in calls))
+            again = await asyncio.gather(*(call(user, request_id=id) for call, user, id in calls))
+            assert [each.SerializeToString() for each in first] == [each.SerializeToString() for each in again]
+            await nothing_leaks(engines, service, 2)
+
+            begun, extended, ended = first
+            rows = await engines.rows("SELECT * FROM after_hours_sessions WHERE user_id = ANY($1)", users)
+            kept = {row["user_id"]: row for row in rows}
+            assert len(kept) == len(rows) == len(users)
+            assert str(kept[starting]["id"]) == begun.id
+            assert kept[extending]["expires_at"] - kept[extending]["started_at"] == datetime.timedelta(minutes=30)
+            assert kept[extending]["expires_at"].timestamp() == extended.expire_time.ToMicroseconds() / 1e6
+            assert kept[ending]["ended_at"].timestamp() == ended.end_time.ToMicroseconds() / 1e6
+            # Both or neither: a profile that is there has its session.
+            assert kept[leaving]["ended_at"] is None
+            await client.delete_profile(leaving)
+
+
+async def test_a_call_whose_reply_is_lost_is_told_by_its_request_id(engines: replicas.Engines) -> None:
+    """Calls whose replies are lost, or that never came to Postgres, are told by the same request_id what they did."""
+    async with asyncio.TaskGroup() as both:
+        both.create_task(replies_are_lost(engines, "deaf", arrived=True))
+        both.create_task(replies_are_lost(engines, "mute", arrived=False))
+
+
+async def test_connections_that_are_cut_lose_nothing(engines: replicas.Engines) -> None:
+    """Connections to Postgres that are cut under load, also in the middle of a statement, lose and double nothing."""
+    async with proxy.Proxy(engines.database_url) as network:
+        by_way = dataclasses.replace(engines, database_url=network.url)
+        async with replicas.replica(by_way) as (service, client):
+            async with onlooker.load(client) as load:
+                for number in range(10):
+                    network.cut_after(number * 300)
+                    await asyncio.sleep(0.08)
+                    network.cut()
+                    await asyncio.sleep(0.08)
+            assert load.refusals
+            await as_promised(engines, load)
+            await serving(client, True, within=5)
+            await nothing_leaks(engines, service)
+
+
+async def test_postgres_is_out_of_connections(engines: replicas.Engines) -> None:
+    """While others have all of Postgres' connections, calls are refused as UNAVAILABLE; then service goes on."""
+    async with contextlib.AsyncExitStack() as others, replicas.replica(engines) as (service, client):
+        async with onlooker.load(client) as load:
+            until = time.monotonic() + 1.5
+            connections: list[asyncpg.Connection] = []
+            while time.monotonic() < until:
+                try:
+                    connections.append(await asyncpg.connect(engines.database_url))
+                    others.push_async_callback(connections[-1].close)
+                except asyncpg.TooManyConnectionsError:
+                    # Those that the service has already, too.
+                    await connections[0].execute(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'afterhours'"
+                    )
+            assert len(load.refusals) > 10
+            await others.aclose()
+            await serving(client, True, within=5)
+        await as_promised(engines, load)
+        await nothing_leaks(engines, service)
+
+
+async def test_a_deadlock_is_tried_again(engines: replicas.Engines, faulty: Faulty) -> None:
+    """A call that Postgres takes back because of a deadlock is tried again, and its caller does not notice."""
+    async with replicas.replica(engines) as (service, client):
+        await client.put_profile("ada")
+        await client.start("ada")
+        before = faulty.said("deadlock detected")
+        # A deletion locks the profile first, and then the session; and whoever does it the other way round meets it.
+        async with held(engines, "ada") as connection:
+            await connection.execute("SET deadlock_timeout = '30s'")
+            deleting = asyncio.create_task(client.delete_profile("ada"))
+            await waiting(engines)
+            await connection.execute("SELECT FROM after_hours_profiles WHERE user_id = 'ada' FOR UPDATE")
+            assert faulty.said("deadlock detected") == before + 1
+            assert not deleting.done()
+        await deleting
+        [row] = await engines.rows("SELECT end_reason FROM after_hours_sessions")
+        assert row["end_reason"] == "PROFILE_REMOVED"
+        await nothing_leaks(engines, service)
+
+
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+async def test_a_serialization_failure_is_tried_again(
+    engines: replicas.Engines, faulty: Faulty, isolation: str
+) -> None:
+    """With transactions isolated more strictly, parallel extends on two replicas add up, and sessions end on time."""
+    name = engines.database_url.rpartition("/")[2]
+    await engines.rows(f"ALTER DATABASE {name} SET default_transaction_isolation = '{isolation}'")
+    step = datetime.timedelta(minutes=15)
+    async with replicas.replica(engines) as (service, one), replicas.replica(engines) as (_, two):
+        await one.put_profile("ada")
+        started = await one.start("ada")
+        await onlooker.started(one, 20)
+        extends = [replicas.outcome((one, two)[n % 2].extend("ada", timeout=20)) for n in range(40)]
+        outcomes = await asyncio.gather(*extends)
+        refusals = [each for each in outcomes if isinstance(each, replicas.Refusal)]
+        assert all(says_try_again(each) for each in refusals)
+        assert len(refusals) < len(outcomes) / 2
+        found = await one.get("ada")
+        added = found.session.expire_time.ToDatetime() - started.expire_time.ToDatetime()
+        assert added == step * (len(outcomes) - len(refusals))
+
+        before = faulty.said("could not serialize access")
+        async with held(engines, "ada") as connection:
+            extending = asyncio.create_task(one.extend("ada"))
+            await waiting(engines)
+            await connection.execute("UPDATE after_hours_sessions SET latitude = latitude WHERE user_id = 'ada'")
+        assert (await extending).expire_time.ToDatetime() == found.session.expire_time.ToDatetime() + step
+        assert faulty.said("could not serialize access") > before
+        await onlooker.closed_on_time(engines, 20)
+        await nothing_leaks(engines, service, 2)
+
+
+@pytest.mark.parametrize("function", ["pg_cancel_backend", "pg_terminate_backend"])
+async def test_a_statement_that_the_server_cancels(engines: replicas.Engines, function: str) -> None:
+    """A statement that the server cancels, or whose connection it ends, is UNAVAILABLE; its request_id works again."""
+    async with replicas.replica(engines) as (service, client):
+        await client.put_profile("ada")
+        started = await client.start("ada")
+        request_id = replicas.request_id()
+        async with held(engines, "ada") as connection:
+            extending = asyncio.create_task(replicas.refused(client.extend("ada", request_id=request_id)))
+            while not extending.done():
+                for pid in await waiting(engines):
+                    await connection.fetch(f"SELECT {function}($1)", pid)
+                await asyncio.wait({extending}, timeout=0.1)
+        assert says_try_again(await extending)
+        extended = await client.extend("ada", request_id=request_id)
+        again = await client.extend("ada", request_id=request_id)
+        assert extended == again
+        step = extended.expire_time.ToDatetime() - started.expire_time.ToDatetime()
+        assert step == datetime.timedelta(minutes=15)
+        await nothing_leaks(engines, service)

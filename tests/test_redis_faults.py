@@ -1,0 +1,205 @@
+"""Redis away, empty, slow, full, read-only or full of nonsense: nobody who calls notices, and sessions end in time."""
+
+import asyncio
+import collections.abc
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import typing
+
+import onlooker
+import proxy
+import pytest
+import replicas
+from redis import asyncio as redis
+
+from afterhours_grpc.embedded import redis as embedded
+
+SESSIONS = 100
+INTERVAL = 1
+SWEPT = {"AFTERHOURS_RECONCILE_INTERVAL": f"{INTERVAL}s"}
+
+
+class Faulty:
+    """A Redis of a test's own. What is not written to its file is gone when it stops: everything."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self._server = embedded.Redis(directory, settings={"appendonly": "no"})
+        # It ends when the thread that started it does; this one does not hold up the event loop.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    @property
+    def url(self) -> str:
+        """Where it is, again after a restart."""
+        return self._server.url
+
+    async def start(self) -> None:
+        """Start it, empty."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._server.start)
+
+    async def stop(self) -> None:
+        """Stop it."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._server.stop)
+
+    async def close(self) -> None:
+        """Stop it for good."""
+        await self.stop()
+        self._thread.shutdown()
+
+    async def tell(self, *command: str | bytes | float) -> object:
+        """Run one command."""
+        async with redis.Redis.from_url(self.url, socket_timeout=10) as client:
+            answer: object = await client.execute_command(*command)  # type: ignore[no-untyped-call]
+            return answer
+
+
+@pytest.fixture
+async def faulty(tmp_path: pathlib.Path) -> collections.abc.AsyncIterator[Faulty]:
+    """Run a Redis that the test may harm."""
+    server = Faulty(tmp_path / "redis")
+    await server.start()
+    yield server
+    await server.close()
+
+
+@pytest.fixture
+async def beside(engines: replicas.Engines, faulty: Faulty) -> replicas.Engines:
+    """Give the database of the test, and its own Redis."""
+    return dataclasses.replace(engines, redis_url=faulty.url)
+
+
+@contextlib.asynccontextmanager
+async def unnoticed(
+    beside: replicas.Engines, by_way: replicas.Engines | None = None
+) -> collections.abc.AsyncIterator[replicas.Client]:
+    """Run a server with sessions about to end and others under load, through a fault, that ends with the body.
+
+    Each call is OK, and 99 of 100 take less than a second. Sessions that end during the fault or after it are closed
+    within the interval and a second. When the fault is over, each active session has its one job within a few sweeps,
+    the jobs of those that ended are gone, and a new session has its job within a second.
+    """
+    async with replicas.replica(by_way or beside, **SWEPT) as (service, client):
+        await client.put_profile("staying")
+        await client.start("staying")
+        await onlooker.started(client, SESSIONS)
+        async with onlooker.load(client) as load:
+            closing = asyncio.create_task(onlooker.closed_on_time(beside, SESSIONS, most=INTERVAL + 1))
+            yield client
+            await closing
+        assert not load.refusals, load.refusals[0]
+        assert onlooker.p99(load.seconds) < 1, load.seconds[-10:]
+        assert await client.health() == "SERVING"
+        assert not service.failed.is_set()
+
+        await replicas.eventually(lambda: onlooker.timed(beside), within=3 * INTERVAL + 1)
+        await client.put_profile("new")
+        await client.start("new")
+        await replicas.eventually(lambda: onlooker.timed(beside), within=1)
+        assert len(await onlooker.jobs(beside.redis_url)) == 2
+
+
+async def test_redis_stops_and_comes_back_empty(beside: replicas.Engines, faulty: Faulty) -> None:
+    """Redis stops, sessions end without it, and it starts again without a byte of what it knew."""
+    async with unnoticed(beside):
+        await faulty.stop()
+        await onlooker.closed_on_time(beside, SESSIONS, most=INTERVAL + 1)
+        await faulty.start()
+        assert faulty.url == beside.redis_url
+
+
+async def test_redis_is_flushed(beside: replicas.Engines, faulty: Faulty) -> None:
+    """FLUSHALL."""
+    async with unnoticed(beside):
+        await faulty.tell("FLUSHALL")
+
+
+async def test_redis_is_paused(beside: replicas.Engines, faulty: Faulty) -> None:
+    """CLIENT PAUSE of 3 s, longer than what is left of the sessions: Redis takes connections, and answers nothing."""
+    async with unnoticed(beside):
+        await faulty.tell("CLIENT", "PAUSE", "3000", "ALL")
+        # Answered when the pause is over.
+        await faulty.tell("PING")
+
+
+async def test_redis_is_full(beside: replicas.Engines, faulty: Faulty) -> None:
+    """Maxmemory is reached, without eviction: Redis takes no timer any more, and lets none be claimed."""
+    async with unnoticed(beside):
+        await faulty.tell("CONFIG", "SET", "maxmemory", "1")
+        await onlooker.closed_on_time(beside, SESSIONS, most=INTERVAL + 1)
+        await faulty.tell("CONFIG", "SET", "maxmemory", "0")
+
+
+async def test_redis_becomes_read_only(beside: replicas.Engines, faulty: Faulty) -> None:
+    """Redis becomes a read-only replica of a primary that nobody reaches, and then a primary again."""
+    async with unnoticed(beside):
+        await faulty.tell("CONFIG", "SET", "replica-read-only", "yes")
+        await faulty.tell("REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(redis.ReadOnlyError):
+            await faulty.tell("SET", "a", "b")
+        await onlooker.closed_on_time(beside, SESSIONS, most=INTERVAL + 1)
+        await faulty.tell("REPLICAOF", "NO", "ONE")
+
+
+async def test_another_value_is_under_our_keys(beside: replicas.Engines, faulty: Faulty) -> None:
+    """Keys of ours hold values of another type: they are taken back."""
+    async with unnoticed(beside):
+        for key in await typing.cast("collections.abc.Awaitable[list[bytes]]", faulty.tell("KEYS", "afterhours:*")):
+            await faulty.tell("DEL", key)
+            await faulty.tell("SET", key, "a string")
+
+
+async def test_other_members_are_among_our_jobs(beside: replicas.Engines, faulty: Faulty) -> None:
+    """Among our jobs are members that are none, also bytes that are no text, and our own at impossible times."""
+    odd: tuple[str | bytes, ...] = (
+        "",
+        "what is this",
+        b"\xff\xfe\x00",
+        "session:expire:",
+        "session:expire:not-an-id",
+        "session:expire:" + "0" * 32,
+        "session:expire:00000000-0000-4000-8000-00000000000A",
+        "x" * 100_000,
+    )
+    async with unnoticed(beside) as client:
+        staying = await client.get("staying")
+        for number, member in enumerate(odd):
+            due = ("-inf", "inf", "0", "1e308", "-1e308", "5e-324")[number % 6]
+            await faulty.tell("ZADD", onlooker.KEY, due, member)
+        # Some due now and some later, and bytes that are no text at both.
+        await faulty.tell("ZADD", onlooker.KEY, "0", b"\xfe", "4e9", b"\xfd", "1e300", "\N{SNOWMAN}")
+        for id in await onlooker.jobs(beside.redis_url):
+            if id == f"session:expire:{staying.session.id}":
+                await faulty.tell("ZADD", onlooker.KEY, "inf", id)
+
+
+async def test_connections_are_cut_in_the_middle_of_a_pipeline(beside: replicas.Engines) -> None:
+    """Connections to Redis are cut in the middle of what they bring, time and again."""
+    async with proxy.Proxy(beside.redis_url) as cutting:
+        by_way = dataclasses.replace(beside, redis_url=cutting.url)
+
+        async def cut(count: int) -> bool:
+            return cutting.cuts == count
+
+        async with unnoticed(beside, by_way):
+            for number in range(12):
+                # The pipeline of one start has some 90 bytes, a claim some 200.
+                cutting.cut_after(number * 40)
+                await replicas.eventually(functools.partial(cut, number + 1), within=5)
+
+
+async def test_redis_is_silent_then_slow_then_refuses(beside: replicas.Engines) -> None:
+    """A Redis behind a network that swallows, then one that delays, then one that refuses."""
+    async with proxy.Proxy(beside.redis_url) as between:
+        by_way = dataclasses.replace(beside, redis_url=between.url)
+        async with unnoticed(beside, by_way):
+            between.swallow()
+            await asyncio.sleep(0.8)
+            between.swallow(False)
+            between.delay_requests = between.delay_replies = 0.2
+            await asyncio.sleep(0.8)
+            between.delay_requests = between.delay_replies = 0
+            between.refuse()
+            await asyncio.sleep(0.8)
+            await between.accept()
