@@ -59,8 +59,12 @@ class Service:
         answered = time.monotonic()
         serving = True
         while True:
+            looked = time.monotonic()
             await asyncio.sleep(_LOOK)
-            if not self._timers.alive:
+            # Where the whole process was stopped (SIGSTOP, a machine that slept) the scheduler has not looked either,
+            # and is given until the next look.
+            was_stopped = time.monotonic() - looked > 2 * _LOOK
+            if not self._timers.alive and not was_stopped:
                 log.error("scheduler_died")
                 self.failed.set()
             try:
@@ -142,8 +146,6 @@ async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
             reraise=True,
         ):
             with attempt:
-                if attempt.retry_state.attempt_number == 2:  # once, after the first failure
-                    log.warning("waiting_for_postgres", seconds=_PATIENCE_AT_START)
                 await schema.check(url)
                 await sweeper.close_overdue()
     except schema.SchemaError as error:

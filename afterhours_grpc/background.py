@@ -27,9 +27,11 @@ class Background:
 
     async def stop(self) -> None:
         """Cancel every task and wait for its end; idempotent."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Again and again, for asyncio.wait_for of Python 3.11 swallows a cancellation that meets its result.
+        while left := [task for task in self._tasks if not task.done()]:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=0.1)
 
     async def _kept(self, name: str, run: collections.abc.Callable[[], collections.abc.Awaitable[None]]) -> None:
         while True:

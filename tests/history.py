@@ -32,8 +32,8 @@ FOREVER = sys.maxsize
 OK = "OK"
 # May have been applied, at any time after the call, or never.
 UNKNOWN = "UNKNOWN"
-# Not applied, whatever the state was: the service itself said so, not the library that gave up on it.
-NOT_APPLIED = frozenset({"DEADLINE_EXCEEDED", "OVERLOADED", "RATE_LIMITED", "SHUTTING_DOWN"})
+# Not applied, whatever the state was.
+NOT_APPLIED = frozenset({"OVERLOADED", "RATE_LIMITED", "SHUTTING_DOWN"})
 REFUSALS = frozenset(
     {
         "NO_ACTIVE_SESSION",

@@ -180,6 +180,7 @@ async def test_serve_refuses_a_database_that_it_cannot_use(engines: replicas.Eng
         assert told.strip() in each.refusal()
 
 
+@pytest.mark.store
 async def test_an_older_schema_is_refused_and_a_newer_one_accepted(engines: replicas.Engines) -> None:
     """A schema older than needed is refused in one line; a newer one is served, and is left as it is by migrate."""
     await engines.rows("UPDATE after_hours_schema SET version_num = '0000'")
@@ -267,6 +268,7 @@ async def test_stdout_says_where_it_listens_and_stderr_is_the_log(engines: repli
         assert [line for line in logged if "PutProfile" in line and "OK" in line]
 
 
+@pytest.mark.store
 async def test_migrate_is_safe_to_run_again_and_at_once(engines: replicas.Engines, empty: str) -> None:
     """Four migrations of an empty database at once, and one after them, all end well, with one schema to serve on."""
     at_once = await asyncio.gather(*(run("migrate", env={"DATABASE_URL": empty}) for _ in range(4)))

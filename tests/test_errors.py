@@ -271,6 +271,7 @@ async def test_a_user_id_that_is_none(client: replicas.Client, name: str) -> Non
         "google_109331234567890123456",
     ],
 )
+@pytest.mark.store
 async def test_a_user_id_is_opaque(client: replicas.Client, name: str) -> None:
     """Any other user id of up to 255 code points goes through every method as it is, and is nobody else."""
     assert (await refused(client.start(name))).reason == "PROFILE_REQUIRED"
@@ -373,6 +374,7 @@ async def test_no_active_session(client: replicas.Client, user: str) -> None:
     await neither()
 
 
+@pytest.mark.store
 async def test_an_expired_session(client: replicas.Client, engines_of_module: replicas.Engines, user: str) -> None:
     """End and extend are NO_ACTIVE_SESSION for a session that expired, whether or not its row was swept."""
     for attempt in (client.extend, client.end):
@@ -465,6 +467,7 @@ async def idle(engines: replicas.Engines) -> bool:
 
 
 @pytest.mark.parametrize("lock_outlives_the_statement", [True, False])
+@pytest.mark.store
 async def test_the_deadline_passes(engines: replicas.Engines, lock_outlives_the_statement: bool) -> None:
     """A start whose deadline passes before it is applied is DEADLINE_EXCEEDED, and is not applied later either."""
     async with replicas.replica(engines) as (_, client):
@@ -537,6 +540,7 @@ def of_every_method(user_id: str) -> dict[str, message.Message]:
     }
 
 
+@pytest.mark.store
 async def test_postgres_is_away(engines: replicas.Engines) -> None:
     """While Postgres cannot be reached, every method is STORE_UNAVAILABLE, with the delay to retry after."""
     async with link(engines.database_url) as network:
@@ -551,6 +555,7 @@ async def test_postgres_is_away(engines: replicas.Engines) -> None:
     assert await engines.rows("SELECT FROM after_hours_sessions") == []
 
 
+@pytest.mark.store
 async def test_a_table_is_locked_for_a_moment(engines: replicas.Engines) -> None:
     """A lock on the tables, such as a migration takes, holds every method up for as long, and none fails by it."""
     async with replicas.replica(engines) as (_, client):
@@ -664,6 +669,7 @@ async def test_a_profile_is_replaced_as_a_whole(client: replicas.Client, user: s
         (253402300799, 999_999_000),
     ],
 )
+@pytest.mark.store
 async def test_the_edges_of_time(client: replicas.Client, user: str, seconds: int, nanos: int) -> None:
     """A premium_expire_time from year 1 to the last microsecond of 9999 is kept exactly."""
     profile = profile_pb2.Profile(
@@ -674,6 +680,7 @@ async def test_the_edges_of_time(client: replicas.Client, user: str, seconds: in
 
 
 @pytest.mark.parametrize("nanos", [1, 999, 1_001, 999_999_999])
+@pytest.mark.store
 async def test_time_is_kept_to_the_microsecond(client: replicas.Client, user: str, nanos: int) -> None:
     """A premium_expire_time is kept to less than a microsecond, and never becomes a later one, even in 9999."""
     asked = timestamp_pb2.Timestamp(seconds=253402300799, nanos=nanos)

@@ -110,28 +110,30 @@ async def test_stale_fires_end_nothing_and_go_away(engines: replicas.Engines) ->
 async def test_an_acknowledgement_after_an_extension_leaves_its_timer(engines: replicas.Engines) -> None:
     """A claim that is acknowledged after another replica extended the session leaves the timer that it set."""
     async with proxy.Proxy(engines.redis_url) as slow:
-        slow.delay_requests = 0.3
         by_way = replicas.Engines(engines.database_url, slow.url)
         async with (
             replicas.replica(engines, **TIMERS_ALONE) as (service, client),
             replicas.replica(by_way, **TIMERS_ALONE),
         ):
-            users = await onlooker.started(client, 50)
+            users = [f"extended {n}" for n in range(20)]
+            await asyncio.gather(*(client.put_profile(user) for user in users))
+            await asyncio.gather(*(client.start(user) for user in users))
             # It claims nothing for a while, so that the other, whose acknowledgements take their time, does.
             service._timers._scheduler.pause()
+            slow.delay_requests = 0.2
             await rescored(engines, 1)
 
             async def claimed() -> bool:
                 return min((await onlooker.jobs(engines.redis_url)).values()) > 1
 
-            await replicas.eventually(claimed, within=2)
-            await asyncio.gather(*(client.extend(user, 2) for user in users))
+            await replicas.eventually(claimed, within=5)
+            await asyncio.gather(*(client.extend(user) for user in users))
             for _ in range(25):
                 assert await onlooker.timed(engines)
                 await asyncio.sleep(0.02)
             service._timers._scheduler.resume()
-            await onlooker.closed_on_time(engines, 50)
-            await replicas.eventually(lambda: jobless(engines), within=2)
+            await onlooker.started(client, SESSIONS)
+            await onlooker.closed_on_time(engines, SESSIONS)
 
 
 async def test_an_extension_of_a_claimed_session_has_its_timer(engines: replicas.Engines) -> None:

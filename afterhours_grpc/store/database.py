@@ -4,7 +4,9 @@ import asyncio
 import collections.abc
 import contextlib
 import datetime
+import time
 import typing
+import weakref
 
 import asyncpg
 import sqlalchemy as sa
@@ -67,6 +69,8 @@ class Database:
         self.url = url
         # Tests move the service's clock by this; see `transitions.NOW`.
         self.clock_offset = datetime.timedelta()
+        self._prepared: weakref.WeakKeyDictionary[asyncpg.Connection, dict[Statement, typing.Any]]
+        self._prepared = weakref.WeakKeyDictionary()
         # Statements run on the driver's connection, each in a transaction of its own, so there is nothing for the
         # pool to roll back when it gets one again.
         self._engine = sa_asyncio.create_async_engine(
@@ -89,7 +93,10 @@ class Database:
         await self._engine.dispose()
 
     async def fetch(self, statement: Statement, **parameters: object) -> list[Row]:
-        """Run one statement in its own transaction. Raise `StoreUnavailable` or `Retry`."""
+        """Run one statement in its own transaction. Raise `StoreUnavailable` or `Retry`.
+
+        `deadlines`, in seconds of time.monotonic(), become `times_left` as the statement is sent, not before.
+        """
         async with self._connection() as driver:
             return await self._run(driver, statement, parameters)
 
@@ -111,8 +118,20 @@ class Database:
                 raise
 
     async def _run(self, driver: asyncpg.Connection, statement: Statement, parameters: Row) -> list[Row]:
+        # Prepared first, for that takes round trips when a connection is new, and deadlines are near.
+        of_driver = self._prepared.setdefault(driver, {})
+        prepared = of_driver.get(statement)
+        if prepared is None:
+            prepared = of_driver[statement] = await driver.prepare(statement.sql)
         known = {**parameters, "clock_offset": self.clock_offset}
-        rows: list[Row] = await driver.fetch(statement.sql, *[known[name] for name in statement.names])
+        if "deadlines" in known:
+            now = time.monotonic()
+            known["times_left"] = [datetime.timedelta(seconds=max(0.0, each - now)) for each in known["deadlines"]]
+        try:
+            rows: list[Row] = await prepared.fetch(*[known[name] for name in statement.names])
+        except asyncpg.InvalidCachedStatementError as error:  # a migration came between
+            of_driver.clear()
+            raise Retry from error
         return rows
 
     @contextlib.asynccontextmanager

@@ -7,7 +7,6 @@ order. Raises `errors.StoreUnavailable`, and `database.Retry` if the whole set w
 import collections.abc
 import dataclasses
 import datetime
-import time
 
 from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import location, session
@@ -168,14 +167,13 @@ class Store:
 
 def _asked(method: session.Method, calls: collections.abc.Sequence[Call]) -> dict[str, object]:
     requests = [call.request for call in calls]
-    now = time.monotonic()
     return {
         "method": method.value,
         "ordinals": list(range(1, len(calls) + 1)),
         "user_ids": [call.user_id for call in calls],
         "callers": [request and request.caller for request in requests],
         "request_ids": [request and request.id for request in requests],
-        "times_left": [datetime.timedelta(seconds=max(0.0, call.deadline - now)) for call in calls],
+        "deadlines": [call.deadline for call in calls],
         "fingerprints": [request and request.fingerprint for request in requests],
     }
 
