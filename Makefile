@@ -67,9 +67,32 @@ check-imports: $(VENV)/installed
 check-schema: $(VENV)/installed
 	$(BIN)/pytest --quiet tests/test_schema.py
 
+# What `make bench` compares with: etcd and what the load generator is built of by apt-get, the Node peer's packages by npm.
+.PHONY: bench-setup
+bench-setup: ## Install what the bench compares with, on Debian as root
+	apt-get install --yes --no-install-recommends gcc libc6-dev libnghttp2-dev etcd-server
+	cd bench/peers/express && npm install --no-package-lock --no-audit --no-fund
+
+.PHONY: bench
+bench: $(VENV)/installed bench/build/load ## Measure the calls beside what they are compared with; some ten minutes
+	@$(BIN)/python bench/run.py $(ARGS)
+
+.PHONY: bench-growth bench-hotpath bench-soak
+bench-growth bench-hotpath bench-soak: bench-%: $(VENV)/installed bench/build/load
+	@$(BIN)/python bench/$*.py $(ARGS)
+
+bench/build/load: bench/load/load.c
+	@mkdir -p $(@D)
+	@$(CC) -O2 -std=gnu11 -Wall -Wextra -o $@ $< -lnghttp2 || \
+	{ echo "make: the load generator needs a C compiler and libnghttp2's headers: run \`make bench-setup\`" >&2; exit 1; }
+
 .PHONY: bench-storm
 bench-storm: $(VENV)/installed ## Measure 10,000 sessions that are due in one second
 	@$(BIN)/python bench/storm.py $(ARGS)
+
+.PHONY: chaos
+chaos: $(VENV)/installed ## Kill, stop and restart three replicas under load for two minutes; check what callers saw
+	@$(BIN)/python tests/chaos.py $(ARGS)
 
 .PHONY: generate
 generate: $(VENV)/installed ## Make generated/ from protos/
