@@ -62,6 +62,15 @@ Length = typing.Annotated[datetime.timedelta, pydantic.BeforeValidator(length)]
 Address = typing.Annotated[tuple[str, int], pydantic.BeforeValidator(_address), pydantic_settings.NoDecode]
 
 
+def _unbuilt(text: str, info: pydantic.ValidationInfo) -> str:
+    if text != Settings.model_fields[str(info.field_name)].default:
+        raise ValueError(f"{text} is not built yet: leave it unset")
+    return text
+
+
+Unbuilt = typing.Annotated[str, pydantic.AfterValidator(_unbuilt)]
+
+
 def _variable(name: str, default: typing.Any, description: str) -> typing.Any:
     return pydantic.Field(default, validation_alias=name, description=description, validate_default=True)
 
@@ -115,13 +124,13 @@ class Settings(pydantic_settings.BaseSettings):
     )
 
     # Of the contract, and not built yet: refused rather than ignored.
-    workers: typing.Literal["1"] = _variable("AFTERHOURS_WORKERS", "1", "Processes sharing the port: 1 for now.")
-    transport: typing.Literal["grpcio"] = _variable("AFTERHOURS_TRANSPORT", "grpcio", "grpcio for now.")
-    gates: typing.Literal[""] = _variable("AFTERHOURS_GATES", "", "None for now.")
-    rate_limit: typing.Literal[""] = _variable("AFTERHOURS_RATE_LIMIT", "", "None for now.")
-    tls_cert: typing.Literal[""] = _variable("AFTERHOURS_TLS_CERT", "", "None for now.")
-    tls_key: typing.Literal[""] = _variable("AFTERHOURS_TLS_KEY", "", "None for now.")
-    tls_client_ca: typing.Literal[""] = _variable("AFTERHOURS_TLS_CLIENT_CA", "", "None for now.")
+    workers: Unbuilt = _variable("AFTERHOURS_WORKERS", "1", "Processes sharing the port: 1 for now.")
+    transport: Unbuilt = _variable("AFTERHOURS_TRANSPORT", "grpcio", "grpcio for now.")
+    gates: Unbuilt = _variable("AFTERHOURS_GATES", "", "None for now.")
+    rate_limit: Unbuilt = _variable("AFTERHOURS_RATE_LIMIT", "", "None for now.")
+    tls_cert: Unbuilt = _variable("AFTERHOURS_TLS_CERT", "", "None for now.")
+    tls_key: Unbuilt = _variable("AFTERHOURS_TLS_KEY", "", "None for now.")
+    tls_client_ca: Unbuilt = _variable("AFTERHOURS_TLS_CLIENT_CA", "", "None for now.")
 
     def check(self) -> None:
         """Raise SettingsError for what keeps the service from being served with these, all of it at once."""
