@@ -231,9 +231,11 @@ def _greet(address: str) -> None:
         f"""
 Try it in another terminal:
 
+  {_program("grpcurl")} -plaintext -d {shlex.quote(body)} {address} {method}
+  {_program("afterhours-grpc")} call extend demo --target {address}
+  {_program("afterhours-grpc")} call end demo --target {address}
   {_program("afterhours-grpc")} call start demo --latitude 52.5163 --longitude 13.3777 --target {address}
   {_program("afterhours-grpc")} call get demo --target {address}
-  {_program("grpcurl")} -plaintext -d {shlex.quote(body)} {address} {method}
 """
     )
 

@@ -11,6 +11,7 @@ import typer
 # As the server's own; an answer of about the size of a status.
 _OPTIONS = [("grpc.so_reuseport", 0)]
 _ANSWER = bytes(16)
+_SERVICE = "bench.Empty"
 
 
 async def _answer(_: bytes, __: typing.Any) -> bytes:
@@ -24,7 +25,10 @@ async def _serve(transport: str) -> None:
     else:
         server = grpc.aio.server(options=_OPTIONS)
     methods: dict[str, typing.Any] = {"empty": grpc.unary_unary_rpc_method_handler(_answer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Empty", methods),))
+    # Both, as generated code does: the native transport serves by itself what is registered, and by a grpcio server
+    # behind it what is not.
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
+    server.add_registered_method_handlers(_SERVICE, methods)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     typer.echo(f"listening on 127.0.0.1:{port}")

@@ -406,7 +406,7 @@ class Dev:
     async def ready(self) -> typing.Self:
         """Wait until it has printed what it prints."""
         assert self.process.stdout
-        while len(self.lines) < 3:
+        while len(self.lines) < 5:
             line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), 60)
             assert line, await asyncio.to_thread(finished, self.process)
             if line.startswith("listening on "):
@@ -452,11 +452,12 @@ async def dev(directory: pathlib.Path) -> collections.abc.AsyncIterator[Dev]:
 async def test_dev_from_end_to_end(tmp_path: pathlib.Path) -> None:
     """The lines that dev prints work as they stand; Ctrl-C ends it with 0; its data are there when it runs again."""
     async with dev(tmp_path / "data") as running:
-        start, get, by_grpcurl = running.lines
+        by_grpcurl, extend, end, start, get = running.lines
+        assert json.loads(await running.typed(by_grpcurl))["session"]["state"] == "SESSION_STATE_ACTIVE"
+        assert "is active" in await running.typed(extend)
+        assert "is ended" in await running.typed(end)
         assert "is active" in await running.typed(start)
-        assert "is active" in await running.typed(get)
-        await running.typed(get.replace("call get", "call end"))
-        answer = json.loads(await running.typed(by_grpcurl))
+        answer = json.loads(await running.typed(get + " --json"))
         session = answer["session"]["id"]
         engines = running.engines()
         assert len(engines) > 2
