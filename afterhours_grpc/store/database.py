@@ -146,7 +146,7 @@ class Database:
                     yield driver
                 except asyncpg.PostgresError:
                     raise
-                except BaseException:
+                except BaseException:  # a cancellation, too
                     # In the middle of an answer, or of nowhere: such a connection serves nobody again. Not closed
                     # but dropped, for a silent server does not answer a goodbye.
                     driver.terminate()
