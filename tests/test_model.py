@@ -240,6 +240,21 @@ class Machine(hypothesis.stateful.RuleBasedStateMachine):
         self.passed += datetime.timedelta(minutes=minutes)
         self.service.forward(datetime.timedelta(minutes=minutes))
 
+    @hypothesis.stateful.precondition(lambda self: self.passed < _LONGEST)
+    @hypothesis.stateful.rule(then=strategies.sampled_from(["start", "extend", "end"]))
+    def expire(self, then: str) -> None:
+        """Let time pass to the very end of the active session, and call at once: nothing has closed it yet."""
+        active = self.active()
+        left = active.expire - self.service.wait(self.service.now()) if active else datetime.timedelta()
+        if left > _LONGEST - self.passed:
+            return
+        self.passed += left
+        self.service.forward(left)
+        if then == "end":
+            self.end(kept=False)
+        else:
+            getattr(self, then)(seconds=900, kept=False)
+
     @hypothesis.stateful.precondition(lambda self: self.restarts < _RESTARTS and bool(self.rows))
     @hypothesis.stateful.rule()
     def restart(self) -> None:
