@@ -155,7 +155,8 @@ def _why(method: session.Method, call: store.Call, explanation: store.Explanatio
         same = call.request is not None and call.request.fingerprint == kept.fingerprint
         return kept.session if same else errors.RequestIdReused()
     if method is not session.Method.START:
-        return errors.NoActiveSession()
+        # With an active session it was the deadline that said no, or one began between the two statements.
+        return database.Retry() if explanation.active else errors.NoActiveSession()
     if not explanation.has_profile:
         return errors.ProfileRequired(call.user_id)
     if explanation.active is not None:
