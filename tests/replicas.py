@@ -146,6 +146,18 @@ async def replica(engines: Engines, **overrides: str) -> collections.abc.AsyncIt
     assert service.database.checked_out == 0
 
 
+@contextlib.asynccontextmanager
+async def locked(engines: Engines, query: str) -> collections.abc.AsyncIterator[asyncpg.Connection]:
+    """Hold the locks that a statement takes, as a writer elsewhere would; give the connection that does."""
+    connection = await asyncpg.connect(engines.database_url)
+    try:
+        async with connection.transaction():
+            await connection.execute(query)
+            yield connection
+    finally:
+        await connection.close()
+
+
 class Process:
     """A server of `afterhours-grpc serve`."""
 

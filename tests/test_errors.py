@@ -439,18 +439,6 @@ async def test_the_order_of_the_checks(client: replicas.Client, engines_of_modul
     assert await violations(client.sessions.ExtendSession(bad_extension)) == ["additional_duration"]
 
 
-@contextlib.asynccontextmanager
-async def locked(engines: replicas.Engines, query: str) -> collections.abc.AsyncIterator[None]:
-    """Hold the locks that a statement takes."""
-    connection = await asyncpg.connect(engines.database_url)
-    try:
-        async with connection.transaction():
-            await connection.execute(query)
-            yield
-    finally:
-        await connection.close()
-
-
 async def at_work(engines: replicas.Engines) -> bool:
     """Whether Postgres is busy with a transition of the service."""
     return bool(
@@ -472,7 +460,7 @@ async def test_the_deadline_passes(engines: replicas.Engines, lock_outlives_the_
     """A start whose deadline passes before it is applied is DEADLINE_EXCEEDED, and is not applied later either."""
     async with replicas.replica(engines) as (_, client):
         await client.put_profile("ada")
-        async with locked(engines, "SELECT FROM after_hours_profiles FOR UPDATE"):
+        async with replicas.locked(engines, "SELECT FROM after_hours_profiles FOR UPDATE"):
             # As metadata, so that only the server minds it, and what the server says is heard.
             starting = client.sessions.StartSession(started("ada"), metadata=(("grpc-timeout", "200m"),))
             refusal = await refused(starting)
@@ -565,7 +553,7 @@ async def test_a_table_is_locked_for_a_moment(engines: replicas.Engines) -> None
             await client.put_profile(user_id)
             if method not in ("SessionService/StartSession", "ProfileService/PutProfile"):
                 await client.start(user_id)
-        async with locked(engines, "LOCK TABLE after_hours_sessions, after_hours_profiles"):
+        async with replicas.locked(engines, "LOCK TABLE after_hours_sessions, after_hours_profiles"):
             calls = [
                 asyncio.create_task(replicas.outcome(call(client, method, of_every_method(f"ada of {method}")[method])))
                 for method in requests

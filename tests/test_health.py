@@ -1,8 +1,6 @@
 """What operators and tools see of a server: health, reflection, metrics, its port, and how it goes away."""
 
 import asyncio
-import collections.abc
-import contextlib
 import pathlib
 import signal
 import socket
@@ -10,7 +8,6 @@ import sys
 import typing
 import urllib.request
 
-import asyncpg
 import grpc
 import pytest
 import replicas
@@ -97,31 +94,25 @@ async def test_reflection_can_be_turned_off(engines: replicas.Engines) -> None:
         assert await client.health() == "SERVING"
 
 
+async def refusal_to_start(environment: dict[str, str]) -> str:
+    """Start a server that must refuse to, with status 1, and give the one line that it says."""
+    process = await replicas.Process(environment).start()
+    try:
+        assert await process.wait() == 1
+    finally:
+        await process.stop()
+    [line] = process.lines
+    return line
+
+
 async def test_a_port_has_one_server(engines: replicas.Engines) -> None:
     """A second server on the port of another refuses to start, in one line, and the first one has all the calls."""
     async with replicas.process(engines) as (_, client):
-        second = await replicas.Process(engines.environment(AFTERHOURS_LISTEN=client.address)).start()
-        try:
-            assert await second.wait() == 1
-        finally:
-            await second.stop()
-        [line] = second.lines
+        line = await refusal_to_start(engines.environment(AFTERHOURS_LISTEN=client.address))
         assert line.startswith("afterhours-grpc: ")
         assert client.address in line
         assert "AFTERHOURS_LISTEN" in line
         assert await client.health() == "SERVING"
-
-
-@contextlib.asynccontextmanager
-async def locked(engines: replicas.Engines, query: str) -> collections.abc.AsyncIterator[None]:
-    """Hold the locks that a statement takes."""
-    connection = await asyncpg.connect(engines.database_url)
-    try:
-        async with connection.transaction():
-            await connection.execute(query)
-            yield
-    finally:
-        await connection.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -138,7 +129,7 @@ async def test_a_server_drains(engines: replicas.Engines, number: signal.Signals
         await client.put_profile("ada")
         await client.put_profile("bob")
         started = await client.start("ada")
-        async with locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
+        async with replicas.locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
             ending = asyncio.create_task(client.end("ada"))
             await replicas.eventually(in_flight, within=10)
             process.signal(number)
@@ -226,11 +217,6 @@ async def test_metrics(engines: replicas.Engines) -> None:
         assert user not in told
         assert session.id not in told
 
-        second = await replicas.Process(engines.environment(AFTERHOURS_METRICS_LISTEN=address)).start()
-        try:
-            assert await second.wait() == 1
-        finally:
-            await second.stop()
-        [line] = second.lines
+        line = await refusal_to_start(engines.environment(AFTERHOURS_METRICS_LISTEN=address))
         assert line.startswith("afterhours-grpc: ")
         assert "AFTERHOURS_METRICS_LISTEN" in line

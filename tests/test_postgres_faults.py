@@ -113,18 +113,6 @@ async def engines(faulty: Faulty, redis_server: redis.Redis) -> collections.abc.
     await administration.rows(f"DROP DATABASE {name}")
 
 
-@contextlib.asynccontextmanager
-async def held(engines: replicas.Engines, user: str) -> collections.abc.AsyncIterator[asyncpg.Connection]:
-    """Hold the row of a user's session, as a writer elsewhere would; give the connection that does."""
-    connection = await asyncpg.connect(engines.database_url)
-    try:
-        async with connection.transaction():
-            await connection.execute("SELECT FROM after_hours_sessions WHERE user_id = $1 FOR UPDATE", user)
-            yield connection
-    finally:
-        await connection.close()
-
-
 async def waiting(engines: replicas.Engines) -> list[int]:
     """Give the backends of the service that wait for a lock, once there are any."""
     pids: list[int] = []
@@ -329,7 +317,9 @@ async def test_a_deadlock_is_tried_again(engines: replicas.Engines, faulty: Faul
         await client.start("ada")
         before = faulty.said("deadlock detected")
         # A deletion locks the profile first, and then the session; and whoever does it the other way round meets it.
-        async with held(engines, "ada") as connection:
+        async with replicas.locked(
+            engines, "SELECT FROM after_hours_sessions WHERE user_id = 'ada' FOR UPDATE"
+        ) as connection:
             await connection.execute("SET deadlock_timeout = '30s'")
             deleting = asyncio.create_task(client.delete_profile("ada"))
             await waiting(engines)
@@ -364,7 +354,9 @@ async def test_a_serialization_failure_is_tried_again(
         assert added == step * (len(outcomes) - len(refusals))
 
         before = faulty.said("could not serialize access")
-        async with held(engines, "ada") as connection:
+        async with replicas.locked(
+            engines, "SELECT FROM after_hours_sessions WHERE user_id = 'ada' FOR UPDATE"
+        ) as connection:
             extending = asyncio.create_task(one.extend("ada"))
             await waiting(engines)
             await connection.execute("UPDATE after_hours_sessions SET latitude = latitude WHERE user_id = 'ada'")
@@ -381,7 +373,9 @@ async def test_a_statement_that_the_server_cancels(engines: replicas.Engines, fu
         await client.put_profile("ada")
         started = await client.start("ada")
         request_id = replicas.request_id()
-        async with held(engines, "ada") as connection:
+        async with replicas.locked(
+            engines, "SELECT FROM after_hours_sessions WHERE user_id = 'ada' FOR UPDATE"
+        ) as connection:
             extending = asyncio.create_task(replicas.refused(client.extend("ada", request_id=request_id)))
             while not extending.done():
                 for pid in await waiting(engines):

@@ -3,11 +3,9 @@
 import asyncio
 import collections
 import collections.abc
-import contextlib
 import datetime
 import time
 
-import asyncpg
 import pytest
 import replicas
 
@@ -110,18 +108,6 @@ async def test_a_start_racing_a_deletion_leaves_no_session_without_profile(
         assert not orphans
 
 
-@contextlib.asynccontextmanager
-async def held(engines: replicas.Engines, user: str) -> collections.abc.AsyncIterator[None]:
-    """Hold the row of a user's session, as a writer elsewhere would."""
-    connection = await asyncpg.connect(engines.database_url)
-    try:
-        async with connection.transaction():
-            await connection.execute("SELECT FROM after_hours_sessions WHERE user_id = $1 FOR UPDATE", user)
-            yield
-    finally:
-        await connection.close()
-
-
 async def test_an_extension_that_waited_past_the_expiry_revives_nothing(
     engines: replicas.Engines,
 ) -> None:
@@ -129,7 +115,7 @@ async def test_an_extension_that_waited_past_the_expiry_revives_nothing(
     async with replicas.replica(engines) as (service, client):
         await client.put_profile("ada")
         await client.start("ada")
-        async with held(engines, "ada"):
+        async with replicas.locked(engines, "SELECT FROM after_hours_sessions WHERE user_id = 'ada' FOR UPDATE"):
             extending = asyncio.create_task(replicas.refused(client.extend("ada")))
             await asyncio.sleep(0.2)
             # The session expires while the extension waits.
@@ -146,7 +132,7 @@ async def test_a_real_expiry_while_a_writer_holds_the_row(engines: replicas.Engi
         started = await client.start("ada", 2)
         await asyncio.sleep(0.9)
         await asyncio.sleep(0.9)
-        async with held(engines, "ada"):
+        async with replicas.locked(engines, "SELECT FROM after_hours_sessions WHERE user_id = 'ada' FOR UPDATE"):
             extending = asyncio.create_task(replicas.refused(client.extend("ada")))
             ending = asyncio.create_task(replicas.refused(client.end("ada")))
             await asyncio.sleep(0.4)
@@ -165,7 +151,7 @@ async def test_a_held_row_delays_nobody_else(engines: replicas.Engines) -> None:
         for user in ("ada", "bob"):
             await client.put_profile(user)
             await client.start(user)
-        async with held(engines, "ada"):
+        async with replicas.locked(engines, "SELECT FROM after_hours_sessions WHERE user_id = 'ada' FOR UPDATE"):
             extending = asyncio.create_task(client.extend("ada"))
             await asyncio.wait_for(asyncio.gather(*(client.extend("bob") for _ in range(20)), client.get("ada")), 3)
             assert not extending.done()

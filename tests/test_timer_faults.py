@@ -11,7 +11,6 @@ import signal
 import sys
 import uuid
 
-import asyncpg
 import onlooker
 import proxy
 import pytest
@@ -32,18 +31,6 @@ async def rescored(engines: replicas.Engines, score: float) -> None:
         script = """for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
             redis.call('ZADD', KEYS[1], ARGV[1], id) end"""
         await client.eval(script, 1, onlooker.KEY, str(score))
-
-
-@contextlib.asynccontextmanager
-async def held(engines: replicas.Engines) -> collections.abc.AsyncIterator[None]:
-    """Hold the rows of all sessions, as a writer elsewhere would."""
-    connection = await asyncpg.connect(engines.database_url)
-    try:
-        async with connection.transaction():
-            await connection.execute("SELECT FROM after_hours_sessions FOR UPDATE")
-            yield
-    finally:
-        await connection.close()
 
 
 async def overdue(engines: replicas.Engines, seconds: float) -> bool:
@@ -140,7 +127,7 @@ async def test_an_extension_of_a_claimed_session_has_its_timer(engines: replicas
     """Sessions claimed while another writer holds their rows, and then extended, end on time at their new ends."""
     async with replicas.replica(engines, **TIMERS_ALONE) as (_, client):
         users = await onlooker.started(client, 20)
-        async with held(engines):
+        async with replicas.locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
             await rescored(engines, 1)
             extending = [asyncio.create_task(client.extend(user, 2)) for user in users]
             await asyncio.sleep(0.7)
@@ -170,7 +157,7 @@ async def test_a_replica_that_dies_with_leases_delays_nothing(engines: replicas.
         await replicas.eventually(lambda: overdue(engines, -0.3), within=5)
         other.signal(signal.SIGSTOP)
         # A timer that fires for a row which somebody holds keeps its claim.
-        async with held(engines):
+        async with replicas.locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
             await replicas.eventually(claimed, within=2)
             dying.signal(fault)
         other.signal(signal.SIGCONT)

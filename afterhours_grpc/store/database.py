@@ -66,7 +66,6 @@ class Database:
     """A pool of at most `connections` connections to `url`, which asyncpg reads as libpq does."""
 
     def __init__(self, url: str, *, connections: int = 16) -> None:
-        self.url = url
         # Tests move the service's clock by this; see `transitions.NOW`.
         self.clock_offset = datetime.timedelta()
         self._prepared: weakref.WeakKeyDictionary[asyncpg.Connection, dict[Statement, typing.Any]]
