@@ -492,7 +492,7 @@ async def _settled(engines: replicas.Engines, plan: Plan, members: list[Member],
     if overdue > plan.interval + 1:
         report.faults.append(f"in the end a session is overdue by {overdue:.3f} s")
     try:
-        await replicas.eventually(lambda: _timed(engines), within=plan.interval + 1)
+        await replicas.eventually(lambda: onlooker.timed(engines), within=plan.interval + 1)
     except TimeoutError:
         report.faults.append(f"jobs after a sweep are {await onlooker.jobs(engines.redis_url)}, and sessions not alike")
     [(dated,)] = await engines.rows("SELECT current_setting('track_commit_timestamp')")
@@ -502,20 +502,6 @@ async def _settled(engines: replicas.Engines, plan: Plan, members: list[Member],
     early = min([0.0, *report.swept, *report.lateness])
     if early < 0:
         report.faults.append(f"a session expired {-early:.6f} s early")
-
-
-async def _timed(engines: replicas.Engines) -> bool:
-    """Say whether each active session has its job and nothing else has one, none too late.
-
-    One may be early: whose extension was committed by a replica that was killed before it moved the job. It is set
-    again when it fires.
-    """
-    jobs = await onlooker.jobs(engines.redis_url)
-    rows = await engines.rows(
-        "SELECT id, extract(epoch FROM expires_at)::float8 AS due FROM after_hours_sessions WHERE ended_at IS NULL"
-    )
-    due = {f"session:expire:{row['id']}": row["due"] for row in rows}
-    return jobs.keys() == due.keys() and all(jobs[id] <= due[id] for id in due)
 
 
 _ROWS = """

@@ -33,7 +33,7 @@ OK = "OK"
 # May have been applied, at any time after the call, or never.
 UNKNOWN = "UNKNOWN"
 # Not applied, whatever the state was.
-NOT_APPLIED = frozenset({"OVERLOADED", "RATE_LIMITED", "SHUTTING_DOWN"})
+NOT_APPLIED = frozenset({"DEADLINE_EXCEEDED", "OVERLOADED", "RATE_LIMITED", "SHUTTING_DOWN"})
 REFUSALS = frozenset(
     {
         "NO_ACTIVE_SESSION",

@@ -4,6 +4,7 @@ import asyncio
 import collections.abc
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -470,6 +471,41 @@ async def test_the_deadline_passes(engines: replicas.Engines, lock_outlives_the_
         await replicas.eventually(lambda: idle(engines), within=10)
         assert await engines.rows("SELECT FROM after_hours_sessions") == []
         assert (await client.start("ada")).user_id == "ada"
+
+
+@pytest.mark.store
+async def test_the_deadline_passes_during_the_commit(engines: replicas.Engines) -> None:
+    """A call whose commit outlasts its deadline is not told the reason DEADLINE_EXCEEDED, for it is applied."""
+    await engines.rows(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END'"
+    )
+    async with replicas.replica(engines) as (_, client):
+        await client.put_profile("ada")
+        await engines.rows(
+            "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON after_hours_sessions DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION slow()"
+        )
+        refusal = await replicas.refused(client.start("ada", timeout=0.3))
+        assert (refusal.code, refusal.reason) == ("DEADLINE_EXCEEDED", "")
+        await replicas.eventually(lambda: idle(engines), within=10)
+        assert (await client.get("ada")).active
+
+
+@pytest.mark.store
+async def test_the_deadline_passes_in_the_queue(engines: replicas.Engines) -> None:
+    """A call that waits behind another one of its user is told DEADLINE_EXCEEDED in time, and is never applied."""
+    async with replicas.replica(engines) as (_, client):
+        await client.put_profile("ada")
+        first = await client.start("ada")
+        async with replicas.locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
+            extending = asyncio.create_task(client.extend("ada"))
+            await replicas.eventually(lambda: at_work(engines), within=10)
+            refusal = await refused(client.extend("ada", timeout=0.2))
+            assert (refusal.code, refusal.reason) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
+        extended = await extending
+        quarter = datetime.timedelta(minutes=15)
+        assert extended.expire_time.ToDatetime() - first.expire_time.ToDatetime() == quarter
+        assert (await client.get("ada")).session.expire_time == extended.expire_time
 
 
 @dataclasses.dataclass

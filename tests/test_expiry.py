@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import typing
 
+import pytest
 import replicas
 from redis import asyncio as redis
 
@@ -71,6 +72,22 @@ async def test_a_lost_job_is_back_within_a_sweep(engines: replicas.Engines) -> N
         async def mended() -> bool:
             due = started.expire_time.ToMicroseconds() / 1e6
             return await jobs(engines) == {f"session:expire:{started.id}": due}
+
+        await replicas.eventually(mended, within=3)
+
+
+@pytest.mark.parametrize("minutes", [-5, 5])
+async def test_a_job_that_moved_is_back_within_a_sweep(engines: replicas.Engines, minutes: int) -> None:
+    """A job that is due earlier or later than its session is put right by a sweep, long before it fires."""
+    async with replicas.replica(engines, AFTERHOURS_RECONCILE_INTERVAL="1s") as (_, client):
+        await client.put_profile("ada")
+        started = await client.start("ada")
+        job, due = f"session:expire:{started.id}", started.expire_time.ToMicroseconds() / 1e6
+        async with redis.Redis.from_url(engines.redis_url) as client_of_redis:
+            await client_of_redis.zadd(KEY, {job: due + 60 * minutes})
+
+        async def mended() -> bool:
+            return await jobs(engines) == {job: due}
 
         await replicas.eventually(mended, within=3)
 

@@ -302,6 +302,22 @@ async def test_a_process_whose_scheduler_dies_exits_and_others_fire_its_timers(e
                 await rigged.wait()
 
 
+async def test_a_process_that_was_stopped_goes_on(engines: replicas.Engines) -> None:
+    """A process that was stopped as a whole does not take its scheduler for dead, and ends what is overdue at once."""
+    async with replicas.process(engines, **TIMERS_ALONE) as (process, client):
+        await onlooker.started(client, 3)
+        process.signal(signal.SIGSTOP)
+        # Longer than a scheduler may be silent.
+        await replicas.eventually(lambda: overdue(engines, 4.5), within=10)
+        process.signal(signal.SIGCONT)
+        await replicas.eventually(lambda: jobless(engines), within=2)
+        # Two more looks of the watchdog.
+        await asyncio.sleep(0.9)
+        await asyncio.sleep(0.9)
+        process.signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
 async def test_a_shutdown_takes_no_leases(engines: replicas.Engines) -> None:
     """The scheduler's last look at a shutdown claims nothing that is due, and others need not wait for a lease."""
     async with replicas.replica(engines, **TIMERS_ALONE) as (service, client):

@@ -142,9 +142,12 @@ class Timers:
             await pipeline.execute()
 
     async def arm(self, due: collections.abc.Sequence[Due]) -> int:
-        """Set timers that are missing or too late, and give how many were missing. Raise RedisError."""
+        """Set timers to where they belong, and give how many were missing. Raise RedisError.
+
+        One that is extended meanwhile is set too early, which does no harm, and right by the next sweep.
+        """
         jobs = {jobstore.job_id(id): jobstore.score(at.timestamp()) for id, at in due}
-        return int(await self._redis.zadd(jobstore.KEY, jobs, lt=True) or 0) if jobs else 0
+        return int(await self._redis.zadd(jobstore.KEY, jobs) or 0) if jobs else 0
 
     async def after(self, rank: int, most: int) -> list[tuple[str, uuid.UUID | None]]:
         """Read at most `most` members from a rank on, with the session of each. Raise RedisError."""

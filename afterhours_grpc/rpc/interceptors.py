@@ -15,13 +15,13 @@ from grpc_status import rpc_status
 
 from afterhours_grpc import logs, metrics
 from afterhours_grpc.rpc import auth, status, wire
-from afterhours_grpc.sessions import errors
+from afterhours_grpc.sessions import errors, session
 
 log = structlog.get_logger()
 
 # Seconds that no call waits longer for Postgres, whatever its deadline.
 LONGEST_WAIT = 5.0
-# Seconds before a call's deadline at which it is answered, and before that for it to be applied.
+# Seconds before a call's deadline from which on nothing is applied for it, so that it can still be told so.
 _MARGIN = 0.02
 
 _Context: typing.TypeAlias = "grpc.aio.ServicerContext[typing.Any, typing.Any]"
@@ -93,11 +93,13 @@ class Boundary(grpc.aio.ServerInterceptor):
             self._idle.clear()
             try:
                 request = self._admit(raw, decode)
-                return await _within(behaviour, request, context)
+                auth.deadline.set(_deadline(context.time_remaining()))
+                return await behaviour(request, context)
             except errors.SessionError as refusal:
                 error, code = refusal, status.code(refusal)
             except asyncio.CancelledError:
-                code = grpc.StatusCode.CANCELLED
+                late = context.time_remaining() == 0
+                code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
                 raise
             except Exception as bug:  # noqa: BLE001 - whatever it is, no text of it goes to the caller
                 error, code = _told(bug), grpc.StatusCode.INTERNAL
@@ -120,21 +122,11 @@ class Boundary(grpc.aio.ServerInterceptor):
             raise errors.InvalidRequest from None
 
 
-async def _within(behaviour: _Behaviour, request: typing.Any, context: _Context) -> typing.Any:
-    """Answer within the call's deadline and LONGEST_WAIT, whichever is shorter."""
-    remaining = context.time_remaining()
-    too_late: type[errors.SessionError] = errors.DeadlineExceeded
+def _deadline(remaining: float | None) -> session.Deadline:
+    """Give the call's deadline or LONGEST_WAIT, whichever comes first."""
     if remaining is None or remaining > LONGEST_WAIT:
-        remaining, too_late = LONGEST_WAIT, errors.StoreUnavailable
-    # Answered a little early, for at the deadline itself the library answers, and says less; applied earlier still, so
-    # that who is told DEADLINE_EXCEEDED does not find the call applied.
-    margin = min(_MARGIN, remaining / 4)
-    auth.deadline.set(time.monotonic() + remaining - 2 * margin)
-    try:
-        async with asyncio.timeout(remaining - margin):
-            return await behaviour(request, context)
-    except TimeoutError:
-        raise too_late from None
+        return session.Deadline(time.monotonic() + LONGEST_WAIT, of_caller=False)
+    return session.Deadline(time.monotonic() + remaining - min(_MARGIN, remaining / 4), of_caller=True)
 
 
 def _told(bug: Exception) -> errors.Bug:

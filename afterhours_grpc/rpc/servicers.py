@@ -46,7 +46,7 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
     async def GetSession(  # noqa: N802
         self, request: session_service_pb2.GetSessionRequest, _: _Context
     ) -> session_service_pb2.GetSessionResponse:
-        found = await self._sessions.get(wire.user_id(request))
+        found = await self._sessions.get(wire.user_id(request), auth.deadline.get())
         if found is None:
             return session_service_pb2.GetSessionResponse(active=False)
         return session_service_pb2.GetSessionResponse(active=True, session=wire.session_message(found))
@@ -61,17 +61,17 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
     async def PutProfile(  # noqa: N802
         self, request: profile_service_pb2.PutProfileRequest, _: _Context
     ) -> profile_service_pb2.PutProfileResponse:
-        stored = await self._profiles.put(wire.put_profile(request))
+        stored = await self._profiles.put(wire.put_profile(request), auth.deadline.get())
         return profile_service_pb2.PutProfileResponse(profile=wire.profile_message(stored))
 
     async def GetProfile(  # noqa: N802
         self, request: profile_service_pb2.GetProfileRequest, _: _Context
     ) -> profile_service_pb2.GetProfileResponse:
-        found = await self._profiles.get(wire.user_id(request))
+        found = await self._profiles.get(wire.user_id(request), auth.deadline.get())
         return profile_service_pb2.GetProfileResponse(profile=wire.profile_message(found))
 
     async def DeleteProfile(  # noqa: N802
         self, request: profile_service_pb2.DeleteProfileRequest, _: _Context
     ) -> profile_service_pb2.DeleteProfileResponse:
-        await self._profiles.delete(wire.user_id(request))
+        await self._profiles.delete(wire.user_id(request), auth.deadline.get())
         return profile_service_pb2.DeleteProfileResponse()

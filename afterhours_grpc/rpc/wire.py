@@ -106,7 +106,7 @@ def request_id(request: object) -> str | None:
 
 
 def start(
-    request: session_service_pb2.StartSessionRequest, caller: str, deadline: float, allowed: Durations
+    request: session_service_pb2.StartSessionRequest, caller: str, deadline: session.Deadline, allowed: Durations
 ) -> session.Start:
     """Parse, or raise InvalidRequest."""
     form = _Form()
@@ -121,7 +121,7 @@ def start(
     return parsed
 
 
-def end(request: session_service_pb2.EndSessionRequest, caller: str, deadline: float) -> session.End:
+def end(request: session_service_pb2.EndSessionRequest, caller: str, deadline: session.Deadline) -> session.End:
     """Parse, or raise InvalidRequest."""
     form = _Form()
     parsed = session.End(form.user_id(request.user_id), form.request(request, caller), deadline)
@@ -130,7 +130,7 @@ def end(request: session_service_pb2.EndSessionRequest, caller: str, deadline: f
 
 
 def extend(
-    request: session_service_pb2.ExtendSessionRequest, caller: str, deadline: float, allowed: Durations
+    request: session_service_pb2.ExtendSessionRequest, caller: str, deadline: session.Deadline, allowed: Durations
 ) -> session.Extend:
     """Parse, or raise InvalidRequest."""
     form = _Form()

@@ -67,7 +67,7 @@ class ProfileNotFound(SessionError):
 
 
 class DeadlineExceeded(SessionError):
-    """The deadline passed before the call was answered; retry with the same request_id and a later deadline."""
+    """The deadline passed before the call was applied, and nothing was; retry with a later deadline."""
 
 
 class ShuttingDown(SessionError):

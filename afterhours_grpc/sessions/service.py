@@ -35,19 +35,19 @@ class Sessions:
 
     async def start(self, call: session.Start) -> session.Session:
         """Open a session, or raise RequestIdReused, ProfileRequired or SessionAlreadyActive."""
-        return await self._starts.submit(call)
+        return await self._starts.submit(call, call.deadline)
 
     async def end(self, call: session.End) -> session.Session:
         """End the active session, or raise RequestIdReused or NoActiveSession."""
-        return await self._ends.submit(call)
+        return await self._ends.submit(call, call.deadline)
 
     async def extend(self, call: session.Extend) -> session.Session:
         """Move the end of the active session, or raise RequestIdReused or NoActiveSession."""
-        return await self._extends.submit(call)
+        return await self._extends.submit(call, call.deadline)
 
-    async def get(self, user_id: session.UserId) -> session.Session | None:
+    async def get(self, user_id: session.UserId, deadline: session.Deadline) -> session.Session | None:
         """Read the active session."""
-        return await self._gets.submit(user_id)
+        return await self._gets.submit(user_id, deadline)
 
     async def close(self) -> None:
         """Wait until what was taken has been answered."""
@@ -106,17 +106,17 @@ class Profiles:
         self._gets = batching.Batcher(self._get, lambda user_id: (user_id,))
         self._deletes = batching.Batcher(self._delete, lambda user_id: (user_id,), most=1)
 
-    async def put(self, profile: session.Profile) -> session.Profile:
+    async def put(self, profile: session.Profile, deadline: session.Deadline) -> session.Profile:
         """Create or replace a profile."""
-        return await self._puts.submit(profile)
+        return await self._puts.submit(profile, deadline)
 
-    async def get(self, user_id: session.UserId) -> session.Profile:
+    async def get(self, user_id: session.UserId, deadline: session.Deadline) -> session.Profile:
         """Read a profile, or raise ProfileNotFound."""
-        return await self._gets.submit(user_id)
+        return await self._gets.submit(user_id, deadline)
 
-    async def delete(self, user_id: session.UserId) -> None:
+    async def delete(self, user_id: session.UserId, deadline: session.Deadline) -> None:
         """Delete a profile and end its active session, or raise ProfileNotFound."""
-        await self._deletes.submit(user_id)
+        await self._deletes.submit(user_id, deadline)
 
     async def close(self) -> None:
         """Wait until what was taken has been answered."""

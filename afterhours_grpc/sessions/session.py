@@ -90,14 +90,25 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Deadline:
+    """When nothing may be applied any more for a call, in seconds of time.monotonic().
+
+    `of_caller`: the caller set it, and knows by itself when it passes. Otherwise it is the service's own limit.
+    """
+
+    at: float
+    of_caller: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Start:
-    """Open a session for `duration`. `deadline`, here and below, is a time.monotonic() by which it must be applied."""
+    """Open a session for `duration`."""
 
     user_id: UserId
     duration: datetime.timedelta
     exact: location.ExactLocation
     request: Request | None
-    deadline: float
+    deadline: Deadline
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,7 +117,7 @@ class End:
 
     user_id: UserId
     request: Request | None
-    deadline: float
+    deadline: Deadline
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,4 +127,4 @@ class Extend:
     user_id: UserId
     additional: datetime.timedelta
     request: Request | None
-    deadline: float
+    deadline: Deadline

@@ -4,25 +4,39 @@ import asyncio
 import collections
 import collections.abc
 import dataclasses
+import time
 import typing
 
 import tenacity
 
-from afterhours_grpc.sessions import errors
+from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import database
 
 Call = typing.TypeVar("Call")
 Answer = typing.TypeVar("Answer")
-
-# A call that met another one is tried again for at most this long, in seconds.
-PATIENCE = 4.5
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Entry(typing.Generic[Call, Answer]):
     call: Call
     keys: tuple[collections.abc.Hashable, ...]
+    deadline: session.Deadline
     answer: asyncio.Future[Answer]
+    # Not known to be unapplied: a statement that has it is under way.
+    flying: bool = False
+
+    def late(self) -> None:
+        """Tell the caller that its deadline passed.
+
+        In flight it may be applied yet, which DEADLINE_EXCEEDED denies: then nothing is told, and what the caller's
+        own library says at its deadline promises nothing.
+        """
+        if self.answer.done():
+            return
+        if not self.deadline.of_caller:
+            self.answer.set_exception(errors.StoreUnavailable())
+        elif not self.flying:
+            self.answer.set_exception(errors.DeadlineExceeded())
 
 
 class Batcher(typing.Generic[Call, Answer]):
@@ -33,7 +47,8 @@ class Batcher(typing.Generic[Call, Answer]):
 
     `flush` gives an answer a call, in order; an answer may be an exception, and `database.Retry` among them has
     its call tried again by itself. If a flush fails as a whole for what may be the fault of one call, each is tried by
-    itself. A caller that is cancelled leaves the queue; once in flight its call is applied and nobody waits for it.
+    itself. A caller that is cancelled or late leaves the queue; once in flight its call may be applied, and nobody
+    waits for it.
     """
 
     def __init__(
@@ -55,12 +70,23 @@ class Batcher(typing.Generic[Call, Answer]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._flying = 0
 
-    async def submit(self, call: Call) -> Answer:
-        """Give the answer to `call`, or raise what it was refused for."""
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Entry(call, self._keys(call), answer))
+    async def submit(self, call: Call, deadline: session.Deadline) -> Answer:
+        """Give the answer to `call`, or raise what it was refused for.
+
+        At its deadline DeadlineExceeded is raised if nothing of it was applied or will be; where `deadline` is the
+        service's own, StoreUnavailable, even if it was.
+        """
+        loop = asyncio.get_running_loop()
+        entry: _Entry[Call, Answer] = _Entry(call, self._keys(call), deadline, loop.create_future())
+        self._waiting.append(entry)
         self._depart()
-        return await answer
+        if entry.flying and deadline.of_caller:
+            return await entry.answer
+        timer = loop.call_later(deadline.at - time.monotonic(), entry.late)
+        try:
+            return await entry.answer
+        finally:
+            timer.cancel()
 
     async def close(self) -> None:
         """Wait until every call in the queue and in flight has been answered."""
@@ -89,6 +115,7 @@ class Batcher(typing.Generic[Call, Answer]):
         self._waiting.extendleft(reversed(left))
         boarded.sort(key=lambda entry: typing.cast("str", entry.keys[0]))
         for entry in boarded:
+            entry.flying = True
             self._busy.update(entry.keys)
         return boarded
 
@@ -107,34 +134,37 @@ class Batcher(typing.Generic[Call, Answer]):
             async for attempt in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception_type(database.Retry),
                 wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.1),
-                stop=tenacity.stop_after_delay(PATIENCE),
+                stop=tenacity.stop_after_delay(entry.deadline.at - time.monotonic()),
                 reraise=True,
             ):
                 with attempt:
                     if not entry.answer.done() and await self._try([entry]):
                         raise database.Retry  # noqa: TRY301 - told to the loop around it
         except database.Retry:
-            if not entry.answer.done():
-                entry.answer.set_exception(errors.StoreUnavailable())
+            entry.late()
         finally:
             self._land([entry])
 
     async def _try(self, entries: list[_Entry[Call, Answer]]) -> list[_Entry[Call, Answer]]:
         """Flush, answer, and give those that are to be tried again by themselves."""
         answers: collections.abc.Sequence[Answer | Exception]
+        for entry in entries:
+            entry.flying = True
         try:
             answers = await self._flush([entry.call for entry in entries])
-        except database.Retry:
-            return entries
+        except database.Retry as error:
+            answers = [error] * len(entries)
         except errors.SessionError as error:
             answers = [error] * len(entries)
         except Exception as error:  # noqa: BLE001 - one call's fault, or ours: told to its caller, who logs it
-            if len(entries) > 1:
-                return entries
-            answers = [error]
+            answers = [database.Retry() if len(entries) > 1 else error] * len(entries)
         again = []
         for entry, answer in zip(entries, answers, strict=True):
             if isinstance(answer, database.Retry):
+                # Taken back: from here on it is known not to be applied.
+                entry.flying = False
+                if time.monotonic() >= entry.deadline.at:
+                    entry.late()
                 again.append(entry)
             elif entry.answer.done():
                 continue

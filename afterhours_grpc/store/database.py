@@ -20,6 +20,8 @@ from afterhours_grpc.sessions import errors
 # unreachable one. The server gives up first, so that a lock it waits for costs a statement and no connection.
 STATEMENT_TIMEOUT = 4.0
 ANSWER_TIMEOUT = 4.5
+# A row that another holds costs its caller another try, and those in the same batch only this.
+LOCK_TIMEOUT = 0.5
 
 # The server's classes of being away: connection exception, insufficient resources, operator intervention (also
 # a statement that the server cancelled), and a primary that became read-only.
@@ -45,8 +47,7 @@ _SESSION_SETTINGS = {
     "application_name": "afterhours",
     "timezone": "UTC",
     "statement_timeout": str(int(STATEMENT_TIMEOUT * 1000)),
-    # A row that another holds costs its caller another try, and those in the same batch only this.
-    "lock_timeout": "500",
+    "lock_timeout": str(int(LOCK_TIMEOUT * 1000)),
     "idle_in_transaction_session_timeout": str(int(ANSWER_TIMEOUT * 1000)),
     # Plans are cached while tables are small, and must stay right when they are not.
     "enable_seqscan": "off",
@@ -94,7 +95,8 @@ class Database:
     async def fetch(self, statement: Statement, **parameters: object) -> list[Row]:
         """Run one statement in its own transaction. Raise `StoreUnavailable` or `Retry`.
 
-        `deadlines`, in seconds of time.monotonic(), become `times_left` as the statement is sent, not before.
+        `deadlines`, in seconds of time.monotonic(), become `times_left` as the statement is sent, not before, and
+        their first one bounds `lock_timeout`.
         """
         async with self._connection() as driver:
             return await self._run(driver, statement, parameters)
@@ -125,7 +127,10 @@ class Database:
         known = {**parameters, "clock_offset": self.clock_offset}
         if "deadlines" in known:
             now = time.monotonic()
-            known["times_left"] = [datetime.timedelta(seconds=max(0.0, each - now)) for each in known["deadlines"]]
+            left = [max(0.0, each - now) for each in known["deadlines"]]
+            known["times_left"] = [datetime.timedelta(seconds=each) for each in left]
+            # In milliseconds, of which 0 would mean for ever.
+            known["lock_timeout"] = str(max(1, int(1000 * min(LOCK_TIMEOUT, *left))))
         try:
             rows: list[Row] = await prepared.fetch(*[known[name] for name in statement.names])
         except asyncpg.InvalidCachedStatementError as error:  # a migration came between

@@ -173,7 +173,7 @@ def _asked(method: session.Method, calls: collections.abc.Sequence[Call]) -> dic
         "user_ids": [call.user_id for call in calls],
         "callers": [request and request.caller for request in requests],
         "request_ids": [request and request.id for request in requests],
-        "deadlines": [call.deadline for call in calls],
+        "deadlines": [call.deadline.at for call in calls],
         "fingerprints": [request and request.fingerprint for request in requests],
     }
 

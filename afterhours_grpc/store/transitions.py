@@ -34,11 +34,15 @@ _IN_TIME = "ARRAY(SELECT locked.id FROM locked CROSS JOIN clock WHERE clock.wait
 
 
 def _fresh(columns: str, arrays: str) -> str:
-    """Give the calls that have not been applied under their request_id."""
+    """Give the calls that have not been applied under their request_id.
+
+    None waits for a lock beyond the first deadline: what is taken back for it is known not to be applied.
+    """
     return f"""
+    patience AS MATERIALIZED (SELECT set_config('lock_timeout', :lock_timeout, true)),
     fresh AS MATERIALIZED (
         SELECT asked.*
-        FROM unnest(CAST(:ordinals AS int[]), CAST(:user_ids AS text[]), CAST(:callers AS text[]),
+        FROM patience CROSS JOIN unnest(CAST(:ordinals AS int[]), CAST(:user_ids AS text[]), CAST(:callers AS text[]),
                 CAST(:request_ids AS uuid[]), CAST(:fingerprints AS bytea[]), CAST(:times_left AS interval[]){arrays})
             AS asked(ordinal, user_id, caller, request_id, fingerprint, time_left{columns})
         LEFT JOIN LATERAL (
