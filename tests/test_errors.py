@@ -1,6 +1,7 @@
 """What a caller is told when a call is refused: the code, the reason, and what goes with it."""
 
 import asyncio
+import collections
 import collections.abc
 import contextlib
 import dataclasses
@@ -506,6 +507,30 @@ async def test_the_deadline_passes_in_the_queue(engines: replicas.Engines) -> No
         quarter = datetime.timedelta(minutes=15)
         assert extended.expire_time.ToDatetime() - first.expire_time.ToDatetime() == quarter
         assert (await client.get("ada")).session.expire_time == extended.expire_time
+
+
+async def test_too_many_starts_wait(engines: replicas.Engines) -> None:
+    """Past the bound of its queue a start is OVERLOADED and not applied; ends and profiles do not wait behind it."""
+    count = 4500
+    async with replicas.replica(engines) as (_, client):
+        await client.put_profile("ada")
+        await client.start("ada")
+        async with replicas.locked(engines, "LOCK TABLE after_hours_profiles IN ACCESS EXCLUSIVE MODE"):
+            starting = [asyncio.create_task(replicas.refused(client.start(f"user {n}"))) for n in range(count)]
+            first, _ = await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
+            assert first.pop().result().reason == "OVERLOADED"
+            assert (await client.end("ada", timeout=2)).user_id == "ada"
+        told = collections.Counter((each.code, each.reason) for each in await asyncio.gather(*starting))
+        overloaded = ("RESOURCE_EXHAUSTED", "OVERLOADED")
+        assert told[overloaded] >= count - 4096
+        # Those that were let in were answered when the lock was gone, or gave up waiting for it.
+        assert told.keys() <= {
+            overloaded,
+            ("FAILED_PRECONDITION", "PROFILE_REQUIRED"),
+            ("UNAVAILABLE", "STORE_UNAVAILABLE"),
+        }
+        refusal = next(each.result() for each in starting if each.result().reason == "OVERLOADED")
+        assert refusal.details["RetryInfo"].retry_delay.ToMilliseconds() == 500
 
 
 @dataclasses.dataclass

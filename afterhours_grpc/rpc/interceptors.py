@@ -13,8 +13,8 @@ import structlog
 from google.protobuf import message
 from grpc_status import rpc_status
 
-from afterhours_grpc import logs, metrics
-from afterhours_grpc.rpc import auth, status, wire
+from afterhours_grpc import logs
+from afterhours_grpc.rpc import auth, journal, status, wire
 from afterhours_grpc.sessions import errors, session
 
 log = structlog.get_logger()
@@ -43,6 +43,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._journal = journal.Journal()
 
     def drain(self) -> None:
         """Refuse calls from now on."""
@@ -107,11 +108,23 @@ class Boundary(grpc.aio.ServerInterceptor):
                 self._in_flight -= 1
                 if not self._in_flight:
                     self._idle.set()
-                _record(method, code, error, began, request)
+                self._note(method, code, error, time.perf_counter() - began, request)
             told = rpc_status.to_status(status.status(error))
             return await context.abort(told.code, told.details, told.trailing_metadata)
 
         return call
+
+    def _note(
+        self,
+        method: str,
+        code: grpc.StatusCode,
+        error: errors.SessionError | None,
+        seconds: float,
+        request: typing.Any,
+    ) -> None:
+        reason = status.reason(error) if error else ""
+        request_id = wire.request_id(request)
+        self._journal.take(journal.Note(method, code.name, reason, seconds, auth.caller.get(), request_id))
 
     def _admit(self, raw: bytes, decode: _Decode) -> typing.Any:
         if self._draining:
@@ -133,25 +146,3 @@ def _told(bug: Exception) -> errors.Bug:
     error = errors.Bug(uuid.uuid4().hex)
     log.error("bug", error_id=error.error_id, **logs.described(bug))
     return error
-
-
-def _record(
-    method: str,
-    code: grpc.StatusCode,
-    error: errors.SessionError | None,
-    began: float,
-    request: typing.Any,
-) -> None:
-    seconds = time.perf_counter() - began
-    reason = status.reason(error) if error else ""
-    metrics.CALLS.labels(method, code.name, reason).inc()
-    metrics.SECONDS.labels(method).observe(seconds)
-    log.info(
-        "call",
-        method=method,
-        code=code.name,
-        reason=reason or None,
-        duration_ms=round(seconds * 1000, 3),
-        caller=auth.caller.get(),
-        request_id=wire.request_id(request),
-    )

@@ -19,12 +19,14 @@ _TABLE: dict[type[Exception], tuple[grpc.StatusCode, _R.ErrorReason]] = {
     errors.SessionAlreadyActive: (grpc.StatusCode.ALREADY_EXISTS, _R.ERROR_REASON_SESSION_ALREADY_ACTIVE),
     errors.NoActiveSession: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_NO_ACTIVE_SESSION),
     errors.ProfileNotFound: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_PROFILE_NOT_FOUND),
+    errors.Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, _R.ERROR_REASON_OVERLOADED),
     errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, _R.ERROR_REASON_DEADLINE_EXCEEDED),
     errors.ShuttingDown: (grpc.StatusCode.UNAVAILABLE, _R.ERROR_REASON_SHUTTING_DOWN),
     errors.StoreUnavailable: (grpc.StatusCode.UNAVAILABLE, _R.ERROR_REASON_STORE_UNAVAILABLE),
     errors.Bug: (grpc.StatusCode.INTERNAL, _R.ERROR_REASON_INTERNAL),
 }
 _RETRY_DELAY = {
+    errors.Overloaded: datetime.timedelta(seconds=0.5),
     errors.ShuttingDown: datetime.timedelta(seconds=0.5),
     errors.StoreUnavailable: datetime.timedelta(seconds=1),
 }

@@ -66,6 +66,10 @@ class ProfileNotFound(SessionError):
     """There is no profile of this user; put one by ProfileService.PutProfile."""
 
 
+class Overloaded(SessionError):
+    """Too many calls are waiting, and this one was not let in; nothing was applied. Retry after the delay."""
+
+
 class DeadlineExceeded(SessionError):
     """The deadline passed before the call was applied, and nothing was; retry with a later deadline."""
 

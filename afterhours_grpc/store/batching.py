@@ -1,4 +1,8 @@
-"""Many calls, one statement: calls that arrive while a flush is in flight share the next one."""
+"""Many calls, one statement: calls that arrive while a flush is in flight share the next one.
+
+What limits the service is the processor time of its one thread, and a statement costs much of that whether it is for
+one call or for thirty: so one flight at a time, as full as can be had without letting anybody wait for it.
+"""
 
 import asyncio
 import collections
@@ -14,6 +18,11 @@ from afterhours_grpc.store import database
 
 Call = typing.TypeVar("Call")
 Answer = typing.TypeVar("Answer")
+
+# Seconds for which those are waited for who were answered just now and come back, while others wait for them.
+_GATHER = 0.002
+# Seconds after which a flight does not keep the next one on the ground: it waits for a lock, or for a slow disk.
+_SLOW = 0.01
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -40,15 +49,17 @@ class _Entry(typing.Generic[Call, Answer]):
 
 
 class Batcher(typing.Generic[Call, Answer]):
-    """Gathers calls into flushes of at most `most`, of which at most `flights` are under way at once.
+    """Gathers calls into flushes of at most `most`: one at a time, and at most `flights` if they are slow.
 
-    A lone call goes at once; no timer is involved. Two calls that share a key are never in the same or in concurrent
-    flushes, and keep their order. Each flush is sorted by the calls' first keys.
+    A lone call goes at once, with all that came in the same turn of the event loop; no timer is involved. Under load
+    the next flush departs with as many calls as the last one answered and left, or 2 ms after it landed. Two calls that
+    share a key are never in the same or in concurrent flushes, and keep their order. Each flush is sorted by the calls'
+    first keys.
 
     `flush` gives an answer a call, in order; an answer may be an exception, and `database.Retry` among them has
     its call tried again by itself. If a flush fails as a whole for what may be the fault of one call, each is tried by
     itself. A caller that is cancelled or late leaves the queue; once in flight its call may be applied, and nobody
-    waits for it.
+    waits for it. More than `room` callers at once are not let in.
     """
 
     def __init__(
@@ -59,47 +70,75 @@ class Batcher(typing.Generic[Call, Answer]):
         keys: collections.abc.Callable[[Call], tuple[collections.abc.Hashable, ...]],
         *,
         most: int = 128,
-        flights: int = 2,
+        flights: int = 4,
+        room: int = 4096,
     ) -> None:
         self._flush = flush
         self._keys = keys
         self._most = most
         self._flights = flights
+        self._room = room
+        self._loop = asyncio.get_running_loop()
         self._waiting: collections.deque[_Entry[Call, Answer]] = collections.deque()
         self._busy: set[collections.abc.Hashable] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._flying = 0
+        self._inside = 0
+        # Whether the last flight has landed, or is slow.
+        self._cleared = True
+        self._departing = False
+        # As many calls as are waited for, and until when.
+        self._expected = 1
+        self._gathering: asyncio.TimerHandle | None = None
+        self._alone = asyncio.Semaphore(flights)
 
     async def submit(self, call: Call, deadline: session.Deadline) -> Answer:
-        """Give the answer to `call`, or raise what it was refused for.
+        """Give the answer to `call`, or raise what it was refused for; Overloaded if there is no room.
 
         At its deadline DeadlineExceeded is raised if nothing of it was applied or will be; where `deadline` is the
         service's own, StoreUnavailable, even if it was.
         """
-        loop = asyncio.get_running_loop()
-        entry: _Entry[Call, Answer] = _Entry(call, self._keys(call), deadline, loop.create_future())
+        if self._inside >= self._room:
+            raise errors.Overloaded
+        entry: _Entry[Call, Answer] = _Entry(call, self._keys(call), deadline, self._loop.create_future())
         self._waiting.append(entry)
-        self._depart()
-        if entry.flying and deadline.of_caller:
-            return await entry.answer
-        timer = loop.call_later(deadline.at - time.monotonic(), entry.late)
+        self._inside += 1
+        if self._cleared and not self._departing and len(self._waiting) >= self._expected:
+            self._departing = True
+            self._loop.call_soon(self._depart)
+        timer = self._loop.call_later(deadline.at - time.monotonic(), entry.late)
         try:
             return await entry.answer
         finally:
             timer.cancel()
+            self._inside -= 1
+            if len(self._waiting) > 2 * self._room:
+                # Half of them and more have gone away.
+                self._waiting = collections.deque(each for each in self._waiting if not each.answer.done())
 
     async def close(self) -> None:
         """Wait until every call in the queue and in flight has been answered."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while self._waiting or self._tasks:
+            self._clear()
+            await asyncio.wait(self._tasks or [asyncio.create_task(asyncio.sleep(0))])
+
+    def _clear(self) -> None:
+        """Let the next flight depart with whoever waits."""
+        self._cleared = True
+        self._expected = 1
+        self._depart()
 
     def _depart(self) -> None:
-        while self._waiting and self._flying < self._flights:
+        self._departing = False
+        if self._gathering:
+            self._gathering.cancel()
+            self._gathering = None
+        if self._waiting and self._cleared and self._flying < self._flights:
             entries = self._board()
-            if not entries:
-                return
-            self._flying += 1
-            self._own(self._fly(entries))
+            if entries:
+                self._flying += 1
+                self._cleared = False
+                self._own(self._fly(entries))
 
     def _board(self) -> list[_Entry[Call, Answer]]:
         """Take what may fly now; calls whose keys are in flight, or behind such a call, stay in their order."""
@@ -121,13 +160,21 @@ class Batcher(typing.Generic[Call, Answer]):
 
     async def _fly(self, entries: list[_Entry[Call, Answer]]) -> None:
         again: list[_Entry[Call, Answer]] = []
+        slow = self._loop.call_later(_SLOW, self._clear)
         try:
             again = await self._try(entries)
         finally:
+            slow.cancel()
             self._flying -= 1
             for entry in again:
                 self._own(self._fly_alone(entry))
             self._land(entry for entry in entries if entry not in again)
+            self._expected = min(self._most, len(self._waiting) + len(entries))
+            self._cleared = True
+            if len(self._waiting) >= self._expected:
+                self._depart()
+            elif self._expected > 1 and not self._gathering:
+                self._gathering = self._loop.call_later(_GATHER, self._clear)
 
     async def _fly_alone(self, entry: _Entry[Call, Answer]) -> None:
         try:
@@ -138,12 +185,14 @@ class Batcher(typing.Generic[Call, Answer]):
                 reraise=True,
             ):
                 with attempt:
-                    if not entry.answer.done() and await self._try([entry]):
-                        raise database.Retry  # noqa: TRY301 - told to the loop around it
+                    async with self._alone:
+                        if not entry.answer.done() and await self._try([entry]):
+                            raise database.Retry  # noqa: TRY301 - told to the loop around it
         except database.Retry:
             entry.late()
         finally:
             self._land([entry])
+            self._depart()
 
     async def _try(self, entries: list[_Entry[Call, Answer]]) -> list[_Entry[Call, Answer]]:
         """Flush, answer, and give those that are to be tried again by themselves."""
@@ -177,7 +226,6 @@ class Batcher(typing.Generic[Call, Answer]):
     def _land(self, entries: collections.abc.Iterable[_Entry[Call, Answer]]) -> None:
         for entry in entries:
             self._busy.difference_update(entry.keys)
-        self._depart()
 
     def _own(self, flight: collections.abc.Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(flight)

@@ -1,4 +1,4 @@
-"""Statements run on a pool of connections; whatever keeps Postgres from answering becomes `StoreUnavailable`."""
+"""Statements run on kept connections; whatever keeps Postgres from answering becomes `StoreUnavailable`."""
 
 import asyncio
 import collections.abc
@@ -6,13 +6,10 @@ import contextlib
 import datetime
 import time
 import typing
-import weakref
 
 import asyncpg
 import sqlalchemy as sa
-import sqlalchemy.exc
 from sqlalchemy.dialects.postgresql import asyncpg as dialect
-from sqlalchemy.ext import asyncio as sa_asyncio
 
 from afterhours_grpc.sessions import errors
 
@@ -21,7 +18,7 @@ from afterhours_grpc.sessions import errors
 STATEMENT_TIMEOUT = 4.0
 ANSWER_TIMEOUT = 4.5
 # A row that another holds costs its caller another try, and those in the same batch only this.
-LOCK_TIMEOUT = 0.5
+LOCK_TIMEOUT = 0.1
 
 # The server's classes of being away: connection exception, insufficient resources, operator intervention (also
 # a statement that the server cancelled), and a primary that became read-only.
@@ -63,34 +60,58 @@ async def connect(url: str) -> asyncpg.Connection:
     return await asyncpg.connect(url, timeout=ANSWER_TIMEOUT, server_settings=_SESSION_SETTINGS)
 
 
+class _Connection:
+    """A connection of the driver's, with the statements that it has prepared."""
+
+    def __init__(self, driver: asyncpg.Connection) -> None:
+        self.driver = driver
+        self._prepared: dict[Statement, typing.Any] = {}
+
+    async def run(self, statement: Statement, known: Row) -> list[Row]:
+        # Prepared first, for that takes round trips when a connection is new, and deadlines are near.
+        prepared = self._prepared.get(statement)
+        if prepared is None:
+            prepared = self._prepared[statement] = await self.driver.prepare(statement.sql)
+        if "deadlines" in known:
+            known = {**known, **_patience(known["deadlines"])}
+        try:
+            rows: list[Row] = await prepared.fetch(*[known[name] for name in statement.names])
+        except asyncpg.InvalidCachedStatementError as error:  # a migration came between
+            self._prepared.clear()
+            raise Retry from error
+        return rows
+
+
+def _patience(deadlines: collections.abc.Sequence[float]) -> dict[str, object]:
+    now = time.monotonic()
+    left = [max(0.0, each - now) for each in deadlines]
+    return {
+        "times_left": [datetime.timedelta(seconds=each) for each in left],
+        # In milliseconds, of which 0 would mean for ever.
+        "lock_timeout": str(max(1, int(1000 * min(LOCK_TIMEOUT, *left)))),
+    }
+
+
 class Database:
-    """A pool of at most `connections` connections to `url`, which asyncpg reads as libpq does."""
+    """At most `connections` connections to `url`, which asyncpg reads as libpq does.
+
+    Not asyncpg's own pool, whose release sends a reset and forgets what was prepared, nor SQLAlchemy's, whose greenlets
+    cost more than the statements; both were measured.
+    """
 
     def __init__(self, url: str, *, connections: int = 16) -> None:
         # Tests move the service's clock by this; see `transitions.NOW`.
         self.clock_offset = datetime.timedelta()
-        self._prepared: weakref.WeakKeyDictionary[asyncpg.Connection, dict[Statement, typing.Any]]
-        self._prepared = weakref.WeakKeyDictionary()
-        # Statements run on the driver's connection, each in a transaction of its own, so there is nothing for the
-        # pool to roll back when it gets one again.
-        self._engine = sa_asyncio.create_async_engine(
-            "postgresql+asyncpg://",
-            async_creator=lambda: connect(url),
-            pool_size=connections,
-            max_overflow=0,
-            pool_timeout=ANSWER_TIMEOUT,
-            pool_reset_on_return=None,
-            hide_parameters=True,
-        )
-
-    @property
-    def checked_out(self) -> int:
-        """How many connections are in use."""
-        return typing.cast("sa.QueuePool", self._engine.pool).checkedout()
+        self.checked_out = 0
+        self._url = url
+        self._room = asyncio.Semaphore(connections)
+        self._idle: list[_Connection] = []
 
     async def close(self) -> None:
-        """Close every connection; idempotent."""
-        await self._engine.dispose()
+        """Close every connection that is not in use; idempotent."""
+        while self._idle:
+            with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                await self._idle.pop().driver.close(timeout=ANSWER_TIMEOUT)
 
     async def fetch(self, statement: Statement, **parameters: object) -> list[Row]:
         """Run one statement in its own transaction. Raise `StoreUnavailable` or `Retry`.
@@ -98,64 +119,54 @@ class Database:
         `deadlines`, in seconds of time.monotonic(), become `times_left` as the statement is sent, not before, and
         their first one bounds `lock_timeout`.
         """
-        async with self._connection() as driver:
-            return await self._run(driver, statement, parameters)
+        async with self._connection() as connection:
+            return await connection.run(statement, {**parameters, "clock_offset": self.clock_offset})
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> collections.abc.AsyncIterator[Run]:
         """Give a `fetch` whose statements are committed together or not at all."""
-        async with self._connection() as driver:
+        async with self._connection() as connection:
 
             async def run(statement: Statement, **parameters: object) -> list[Row]:
-                return await self._run(driver, statement, parameters)
+                return await connection.run(statement, {**parameters, "clock_offset": self.clock_offset})
 
             # Not the driver's own transaction(), which waits for a ROLLBACK even of a server that fell silent.
-            await driver.execute("BEGIN")
+            await connection.driver.execute("BEGIN")
             try:
                 yield run
-                await driver.execute("COMMIT")
+                await connection.driver.execute("COMMIT")
             except asyncpg.PostgresError:
-                await driver.execute("ROLLBACK")
+                await connection.driver.execute("ROLLBACK")
                 raise
 
-    async def _run(self, driver: asyncpg.Connection, statement: Statement, parameters: Row) -> list[Row]:
-        # Prepared first, for that takes round trips when a connection is new, and deadlines are near.
-        of_driver = self._prepared.setdefault(driver, {})
-        prepared = of_driver.get(statement)
-        if prepared is None:
-            prepared = of_driver[statement] = await driver.prepare(statement.sql)
-        known = {**parameters, "clock_offset": self.clock_offset}
-        if "deadlines" in known:
-            now = time.monotonic()
-            left = [max(0.0, each - now) for each in known["deadlines"]]
-            known["times_left"] = [datetime.timedelta(seconds=each) for each in left]
-            # In milliseconds, of which 0 would mean for ever.
-            known["lock_timeout"] = str(max(1, int(1000 * min(LOCK_TIMEOUT, *left))))
-        try:
-            rows: list[Row] = await prepared.fetch(*[known[name] for name in statement.names])
-        except asyncpg.InvalidCachedStatementError as error:  # a migration came between
-            of_driver.clear()
-            raise Retry from error
-        return rows
-
     @contextlib.asynccontextmanager
-    async def _connection(self) -> collections.abc.AsyncIterator[asyncpg.Connection]:
+    async def _connection(self) -> collections.abc.AsyncIterator[_Connection]:
         with _away_is_unavailable():
-            async with asyncio.timeout(ANSWER_TIMEOUT), self._engine.connect() as connection:
-                driver = (await connection.get_raw_connection()).driver_connection
-                while driver is None or driver.is_closed():  # lost while it lay in the pool
-                    await connection.invalidate()
-                    driver = (await connection.get_raw_connection()).driver_connection
+            async with asyncio.timeout(ANSWER_TIMEOUT), self._room:
+                self.checked_out += 1
                 try:
-                    yield driver
-                except asyncpg.PostgresError:
-                    raise
-                except BaseException:  # a cancellation, too
-                    # In the middle of an answer, or of nowhere: such a connection serves nobody again. Not closed
-                    # but dropped, for a silent server does not answer a goodbye.
-                    driver.terminate()
-                    await connection.invalidate()
-                    raise
+                    connection = await self._open()
+                    try:
+                        yield connection
+                    except asyncpg.PostgresError:
+                        self._idle.append(connection)
+                        raise
+                    except BaseException:  # a cancellation, too
+                        # In the middle of an answer, or of nowhere: such a connection serves nobody again. Not closed
+                        # but dropped, for a silent server does not answer a goodbye.
+                        connection.driver.terminate()
+                        raise
+                    self._idle.append(connection)
+                finally:
+                    self.checked_out -= 1
+
+    async def _open(self) -> _Connection:
+        while self._idle:
+            # The one used last, whose memory and plans are warm.
+            connection = self._idle.pop()
+            if not connection.driver.is_closed():  # lost while it lay here
+                return connection
+        return _Connection(await connect(self._url))
 
 
 @contextlib.contextmanager
@@ -174,7 +185,5 @@ def _away_is_unavailable() -> collections.abc.Iterator[None]:
         TimeoutError,
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,  # the server spoke out of turn, as it does when it ends a connection
-        sqlalchemy.exc.DBAPIError,
-        sa.exc.TimeoutError,
     ) as error:
         raise errors.StoreUnavailable from error

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n afterhours/v1/error_reason.proto\x12\rafterhours.v1*\x88\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\"\n\x1e\x45RROR_REASON_REQUEST_ID_REUSED\x10\x02\x12!\n\x1d\x45RROR_REASON_PROFILE_REQUIRED\x10\x03\x12\'\n#ERROR_REASON_SESSION_ALREADY_ACTIVE\x10\x04\x12\"\n\x1e\x45RROR_REASON_NO_ACTIVE_SESSION\x10\x05\x12\"\n\x1e\x45RROR_REASON_PROFILE_NOT_FOUND\x10\x06\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\x07\x12\x1e\n\x1a\x45RROR_REASON_SHUTTING_DOWN\x10\x08\x12\"\n\x1e\x45RROR_REASON_STORE_UNAVAILABLE\x10\t\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n afterhours/v1/error_reason.proto\x12\rafterhours.v1*\xa5\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\"\n\x1e\x45RROR_REASON_REQUEST_ID_REUSED\x10\x02\x12!\n\x1d\x45RROR_REASON_PROFILE_REQUIRED\x10\x03\x12\'\n#ERROR_REASON_SESSION_ALREADY_ACTIVE\x10\x04\x12\"\n\x1e\x45RROR_REASON_NO_ACTIVE_SESSION\x10\x05\x12\"\n\x1e\x45RROR_REASON_PROFILE_NOT_FOUND\x10\x06\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\x07\x12\x1e\n\x1a\x45RROR_REASON_SHUTTING_DOWN\x10\x08\x12\"\n\x1e\x45RROR_REASON_STORE_UNAVAILABLE\x10\t\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\n\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\x0b\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afterhours.v1.error_reason_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=52
-  _globals['_ERRORREASON']._serialized_end=444
+  _globals['_ERRORREASON']._serialized_end=473
 # @@protoc_insertion_point(module_scope)

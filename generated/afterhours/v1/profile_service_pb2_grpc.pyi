@@ -33,6 +33,7 @@ class ProfileServiceStub:
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
     """
@@ -62,6 +63,7 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
     """
@@ -87,6 +89,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
     """

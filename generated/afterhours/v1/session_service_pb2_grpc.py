@@ -32,6 +32,7 @@ class SessionServiceStub:
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 
@@ -75,6 +76,7 @@ class SessionServiceServicer:
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 
@@ -160,6 +162,7 @@ class SessionService:
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 

@@ -33,6 +33,7 @@ class SessionServiceStub:
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 
@@ -76,6 +77,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 
@@ -115,6 +117,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 
