@@ -9,7 +9,11 @@ import grpc
 import typer
 
 # As the server's own; an answer of about the size of a status.
-_OPTIONS = [("grpc.so_reuseport", 0)]
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 40_000),
+]
 _ANSWER = bytes(16)
 _SERVICE = "bench.Empty"
 

@@ -17,6 +17,14 @@ NAMES = (
     session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
     profile_service_pb2.DESCRIPTOR.services_by_name["ProfileService"].full_name,
 )
+_OPTIONS = (
+    # One process has the port to itself: with SO_REUSEPORT a second one would silently take half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Of a burst beyond its first 1,000 calls the library would tell some CANCELLED, which nobody retries. What is too
+    # much for us is told OVERLOADED, by the batchers.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 40_000),
+)
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 
@@ -32,8 +40,7 @@ class Server:
         with_reflection: bool,
     ) -> None:
         self._boundary = interceptors.Boundary(NAMES)
-        # One process has the port to itself: with SO_REUSEPORT a second one would silently take half of the calls.
-        self._server = grpc.aio.server(interceptors=[self._boundary], options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(interceptors=[self._boundary], options=_OPTIONS)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(
             servicers.SessionServicer(sessions, durations), self._server
         )
