@@ -19,6 +19,8 @@ STATEMENT_TIMEOUT = 4.0
 ANSWER_TIMEOUT = 4.5
 # A row that another holds costs its caller another try, and those in the same batch only this.
 LOCK_TIMEOUT = 0.1
+# The same for a statement that is for one caller alone.
+_LONE_LOCK_TIMEOUT = 0.5
 
 # The server's classes of being away: connection exception, insufficient resources, operator intervention (also
 # a statement that the server cancelled), and a primary that became read-only.
@@ -44,7 +46,7 @@ _SESSION_SETTINGS = {
     "application_name": "afterhours",
     "timezone": "UTC",
     "statement_timeout": str(int(STATEMENT_TIMEOUT * 1000)),
-    "lock_timeout": str(int(LOCK_TIMEOUT * 1000)),
+    "lock_timeout": str(int(_LONE_LOCK_TIMEOUT * 1000)),
     "idle_in_transaction_session_timeout": str(int(ANSWER_TIMEOUT * 1000)),
     # Plans are cached while tables are small, and must stay right when they are not.
     "enable_seqscan": "off",
