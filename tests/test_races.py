@@ -11,7 +11,7 @@ import replicas
 
 from afterhours_grpc.expiry import clock, timers
 from afterhours_grpc.sessions import errors, location, service, session
-from afterhours_grpc.store import store
+from afterhours_grpc.store import batching, database, store
 
 pytestmark = pytest.mark.store
 
@@ -209,3 +209,19 @@ async def test_a_call_past_its_deadline_is_not_told_that_nothing_is_active(
         await use_cases.close()
         found = await client.get("ada")
         assert (found.active, found.session.expire_time) == (True, started.expire_time)
+
+
+async def test_a_call_after_one_that_was_tried_again_does_not_wait_for_others() -> None:
+    """After a batch of which one call was tried again by itself, a lone call still goes at once."""
+    met: set[str] = set()
+
+    async def flush(calls: list[str]) -> list[str | Exception]:
+        first = {call for call in calls if call == "b" and call not in met}
+        met.update(calls)
+        return [database.Retry() if call in first else call for call in calls]
+
+    batcher = batching.Batcher(flush, lambda call: (call,))
+    deadline = session.Deadline(time.monotonic() + 10, of_caller=True)
+    assert await asyncio.gather(*(batcher.submit(call, deadline) for call in "abc")) == ["a", "b", "c"]
+    assert await asyncio.wait_for(batcher.submit("d", deadline), 0.5) == "d"
+    await batcher.close()

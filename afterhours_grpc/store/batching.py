@@ -126,18 +126,23 @@ class Batcher(typing.Generic[Call, Answer]):
         """Let the next flight depart with whoever waits."""
         self._cleared = True
         self._expected = 1
+        self._gathered()
         self._depart()
 
-    def _depart(self) -> None:
-        self._departing = False
+    def _gathered(self) -> None:
         if self._gathering:
             self._gathering.cancel()
             self._gathering = None
+
+    def _depart(self) -> None:
+        self._departing = False
         if self._waiting and self._cleared and self._flying < self._flights:
             entries = self._board()
             if entries:
                 self._flying += 1
                 self._cleared = False
+                # Its landing says how many are waited for next.
+                self._gathered()
                 self._own(self._fly(entries))
 
     def _board(self) -> list[_Entry[Call, Answer]]:
@@ -172,7 +177,7 @@ class Batcher(typing.Generic[Call, Answer]):
             self._expected = min(self._most, len(self._waiting) + len(entries))
             self._cleared = True
             if len(self._waiting) >= self._expected:
-                self._depart()
+                self._clear()
             elif self._expected > 1 and not self._gathering:
                 self._gathering = self._loop.call_later(_GATHER, self._clear)
 
