@@ -119,7 +119,9 @@ async def running(
         profiles = service.Profiles(session_store, job_timers)
         stack.push_async_callback(profiles.close)
         durations = wire.Durations(config.durations)
-        grpc_server = server.Server(sessions, profiles, durations, with_reflection=config.reflection)
+        grpc_server = server.Server(
+            sessions, profiles, durations, transport=config.transport, with_reflection=config.reflection
+        )
         last.push_async_callback(grpc_server.stop)
         address = await _listening(grpc_server, *config.listen)
         await grpc_server.serving(True)

@@ -1,6 +1,7 @@
 """The settings: the only reader of the environment. Whatever is wrong with one is told in one line."""
 
 import datetime
+import importlib.util
 import ipaddress
 import pathlib
 import re
@@ -89,6 +90,9 @@ class Settings(pydantic_settings.BaseSettings):
         "REDIS_URL", "redis://localhost:6379", "Redis: redis://…, rediss://… or unix://…"
     )
     listen: Address = _variable("AFTERHOURS_LISTEN", "127.0.0.1:50051", "host:port; port 0 picks one.")
+    transport: typing.Literal["grpcio", "native"] = _variable(
+        "AFTERHOURS_TRANSPORT", "grpcio", "What carries HTTP/2: grpcio, or native (the extra of that name)."
+    )
     durations: typing.Annotated[
         tuple[datetime.timedelta, ...], pydantic.BeforeValidator(_lengths), pydantic_settings.NoDecode
     ] = _variable("AFTERHOURS_DURATIONS", "15m,30m,60m", "Durations allowed for start and for extend.")
@@ -125,7 +129,6 @@ class Settings(pydantic_settings.BaseSettings):
 
     # Of the contract, and not built yet: refused rather than ignored.
     workers: Unbuilt = _variable("AFTERHOURS_WORKERS", "1", "Processes sharing the port: 1 for now.")
-    transport: Unbuilt = _variable("AFTERHOURS_TRANSPORT", "grpcio", "grpcio for now.")
     gates: Unbuilt = _variable("AFTERHOURS_GATES", "", "None for now.")
     rate_limit: Unbuilt = _variable("AFTERHOURS_RATE_LIMIT", "", "None for now.")
     tls_cert: Unbuilt = _variable("AFTERHOURS_TLS_CERT", "", "None for now.")
@@ -143,6 +146,8 @@ class Settings(pydantic_settings.BaseSettings):
             missing.append("DATABASE_URL is not set: set it to postgresql://…, or try `afterhours-grpc dev`")
         if not self.fuzz_key:
             missing.append("AFTERHOURS_FUZZ_KEY is not set: set it to 1:SECRET, the secret of 32 characters or more")
+        if self.transport == "native" and not importlib.util.find_spec("pygrpc_native"):
+            missing.append("AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours[native]'")
         if missing:
             raise SettingsError("; ".join(missing))
 

@@ -49,9 +49,21 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> collections.abc.It
         yield server
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is marked `front_door` on both transports."""
+    if "transport" in metafunc.fixturenames and metafunc.definition.get_closest_marker("front_door"):
+        metafunc.parametrize("transport", ["grpcio", "native"], scope="module")
+
+
+@pytest.fixture(scope="session")
+def transport() -> str:
+    """Name the transport, which is the default one for what is not marked."""
+    return "grpcio"
+
+
 @pytest.fixture
 async def engines(
-    postgres_server: postgres.Postgres, redis_server: redis.Redis
+    postgres_server: postgres.Postgres, redis_server: redis.Redis, transport: str
 ) -> collections.abc.AsyncIterator[replicas.Engines]:
     """Give a test its own copy of the migrated database, and an empty Redis."""
     name = f"test_{next(_numbers)}"
@@ -59,6 +71,6 @@ async def engines(
     await administrator.execute(f"CREATE DATABASE {name} TEMPLATE afterhours")
     with redis_client.Redis.from_url(redis_server.url) as client:
         client.flushall()
-    yield replicas.Engines(postgres_server.url.rpartition("/")[0] + f"/{name}", redis_server.url)
+    yield replicas.Engines(postgres_server.url.rpartition("/")[0] + f"/{name}", redis_server.url, transport)
     await administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
     await administrator.close()

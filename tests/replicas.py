@@ -37,6 +37,7 @@ class Engines:
 
     database_url: str
     redis_url: str
+    transport: str = "grpcio"
 
     def environment(self, **overrides: str) -> dict[str, str]:
         """Give the settings of a server on them, on a port of its own."""
@@ -46,6 +47,7 @@ class Engines:
             "AFTERHOURS_AUTH": "none",
             "AFTERHOURS_FUZZ_KEY": FUZZ_KEY,
             "AFTERHOURS_LISTEN": "127.0.0.1:0",
+            "AFTERHOURS_TRANSPORT": self.transport,
             "AFTERHOURS_DURATIONS": "2s,15m,30m,60m",
             **overrides,
         }

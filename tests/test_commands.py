@@ -164,6 +164,20 @@ async def test_serve_names_all_that_is_wrong() -> None:
         assert name in missing.refusal()
 
 
+async def test_a_transport_that_is_not_installed_is_refused(engines: replicas.Engines) -> None:
+    """Without the extra, AFTERHOURS_TRANSPORT=native is refused in one line that says what to install."""
+    hidden = "import sys; sys.modules['pygrpc_native'] = None; from afterhours_grpc import cli; cli.app(['serve'])"
+    environment = engines.environment(AFTERHOURS_TRANSPORT="native")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", hidden, env=environment, stderr=asyncio.subprocess.PIPE
+    )
+    _, told = await process.communicate()
+    assert process.returncode == 1
+    assert told.decode().splitlines() == [
+        "afterhours-grpc: AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours[native]'"
+    ]
+
+
 async def test_serve_refuses_a_database_that_it_cannot_use(engines: replicas.Engines, empty: str) -> None:
     """An empty database, one that there is not, a wrong password and a nonsensical URL are refused in one line."""
     wrong = urllib.parse.urlsplit(engines.database_url)

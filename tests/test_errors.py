@@ -31,7 +31,7 @@ from grpc_status import rpc_status
 from afterhours_grpc.embedded import postgres, redis
 
 # One server for the module, in one event loop: each test has users of its own.
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.front_door]
 
 _numbers = itertools.count()
 
@@ -55,13 +55,13 @@ INDISCREET = (
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engines_of_module(
-    postgres_server: postgres.Postgres, redis_server: redis.Redis
+    postgres_server: postgres.Postgres, redis_server: redis.Redis, transport: str
 ) -> collections.abc.AsyncIterator[replicas.Engines]:
     """Give the module a copy of the migrated database."""
     place = postgres_server.url.rpartition("/")[0]
     administrator = await asyncpg.connect(f"{place}/postgres")
     await administrator.execute("CREATE DATABASE errors TEMPLATE afterhours")
-    yield replicas.Engines(f"{place}/errors", redis_server.url)
+    yield replicas.Engines(f"{place}/errors", redis_server.url, transport)
     await administrator.execute("DROP DATABASE errors WITH (FORCE)")
     await administrator.close()
 
@@ -511,12 +511,19 @@ async def test_the_deadline_passes_in_the_queue(engines: replicas.Engines) -> No
 
 async def test_too_many_starts_wait(engines: replicas.Engines) -> None:
     """Past the bound of its queue a start is OVERLOADED and not applied; ends and profiles do not wait behind it."""
-    count = 4500
-    async with replicas.replica(engines) as (_, client):
+    async with replicas.replica(engines) as (service, client), contextlib.AsyncExitStack() as stack:
         await client.put_profile("ada")
         await client.start("ada")
+        # Of one connection the native transport takes 1,024 calls at a time.
+        callers = [replicas.Client(service.address) for _ in range(5)]
+        for each in callers:
+            stack.push_async_callback(each.close)
         async with replicas.locked(engines, "LOCK TABLE after_hours_profiles IN ACCESS EXCLUSIVE MODE"):
-            starting = [asyncio.create_task(replicas.refused(client.start(f"user {n}"))) for n in range(count)]
+            starting = [
+                asyncio.create_task(replicas.refused(caller.start(f"user {number} {n}")))
+                for n in range(900)
+                for number, caller in enumerate(callers)
+            ]
             first, _ = await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
             refusal = first.pop().result()
             assert refusal.reason == "OVERLOADED", refusal

@@ -9,6 +9,8 @@ import replicas
 
 from afterhours_grpc import failpoints
 
+pytestmark = pytest.mark.front_door
+
 _OVERDUE = """
 INSERT INTO after_hours_sessions (user_id, started_at, expires_at, latitude, longitude, fuzzed_latitude,
     fuzzed_longitude, fuzz_radius_meters, fuzz_key_version, fuzz_cell)

@@ -3,9 +3,12 @@
 import datetime
 import itertools
 
+import pytest
 import replicas
 from afterhours.v1 import session_pb2, session_service_pb2
 from google.protobuf import duration_pb2
+
+pytestmark = pytest.mark.front_door
 
 
 async def test_a_started_session_is_active_for_exactly_its_duration(engines: replicas.Engines) -> None:

@@ -1,5 +1,7 @@
 """The gRPC server: our services behind the boundary, health and reflection beside them."""
 
+import typing
+
 import grpc
 from afterhours.v1 import (
     profile_service_pb2,
@@ -18,8 +20,6 @@ NAMES = (
     profile_service_pb2.DESCRIPTOR.services_by_name["ProfileService"].full_name,
 )
 _OPTIONS = (
-    # One process has the port to itself: with SO_REUSEPORT a second one would silently take half of the calls.
-    ("grpc.so_reuseport", 0),
     # Of a burst beyond its first 1,000 calls the library would tell some CANCELLED, which nobody retries. What is too
     # much for us is told OVERLOADED, by the batchers.
     ("grpc.server.max_pending_requests", 20_000),
@@ -28,8 +28,25 @@ _OPTIONS = (
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 
+def _transport(
+    name: typing.Literal["grpcio", "native"], interceptor: grpc.aio.ServerInterceptor, *, shared: bool
+) -> grpc.aio.Server:
+    """Give a server on the transport of that name. Raise ModuleNotFoundError if its extra is not installed."""
+    # A process has the port to itself unless it is one of several workers: with SO_REUSEPORT another one would
+    # silently take half of the calls.
+    options = (*_OPTIONS, ("grpc.so_reuseport", int(shared)))
+    if name == "native":
+        import pygrpc_native.aio  # noqa: PLC0415 - an extra of its own
+
+        return pygrpc_native.aio.server(interceptors=[interceptor], options=options)
+    return grpc.aio.server(interceptors=[interceptor], options=options)
+
+
 class Server:
-    """A grpc.aio server. Health `""` says that the process lives; the services' own names say whether they serve."""
+    """A grpc.aio server. Health `""` says that the process lives; the services' own names say whether they serve.
+
+    `transport` is what carries HTTP/2, and `shared` says that other processes listen on the same port.
+    """
 
     def __init__(
         self,
@@ -37,10 +54,12 @@ class Server:
         profiles: service.Profiles,
         durations: wire.Durations,
         *,
+        transport: typing.Literal["grpcio", "native"],
         with_reflection: bool,
+        shared: bool = False,
     ) -> None:
         self._boundary = interceptors.Boundary(NAMES)
-        self._server = grpc.aio.server(interceptors=[self._boundary], options=_OPTIONS)
+        self._server = _transport(transport, self._boundary, shared=shared)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(
             servicers.SessionServicer(sessions, durations), self._server
         )
