@@ -112,7 +112,8 @@ async def running(
         job_timers.start()
         stack.push_async_callback(asyncio.to_thread, job_timers.stop)
         if config.metrics_listen:
-            stack.callback(_export(config.metrics_listen))
+            host, port = config.metrics_listen
+            stack.callback(_export(host, port + (config.worker or 0) if port else 0))
 
         sessions = service.Sessions(session_store, job_timers, location.Fuzzer(config.fuzz_key))
         stack.push_async_callback(sessions.close)
@@ -120,7 +121,12 @@ async def running(
         stack.push_async_callback(profiles.close)
         durations = wire.Durations(config.durations)
         grpc_server = server.Server(
-            sessions, profiles, durations, transport=config.transport, with_reflection=config.reflection
+            sessions,
+            profiles,
+            durations,
+            transport=config.transport,
+            with_reflection=config.reflection,
+            shared=config.worker is not None,
         )
         last.push_async_callback(grpc_server.stop)
         address = await _listening(grpc_server, *config.listen)
@@ -165,8 +171,7 @@ async def _listening(grpc_server: server.Server, host: str, port: int) -> str:
         raise StartError(f"cannot listen on {host}:{port}: set AFTERHOURS_LISTEN to a free address") from None
 
 
-def _export(address: tuple[str, int]) -> collections.abc.Callable[[], None]:
-    host, port = address
+def _export(host: str, port: int) -> collections.abc.Callable[[], None]:
     try:
         exporter, _ = prometheus_client.start_http_server(port, host, registry=metrics.REGISTRY)
     except OSError:

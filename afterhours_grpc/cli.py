@@ -11,16 +11,14 @@ import pathlib
 import secrets
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import typing
 
 import asyncpg
 import typer
 
 from afterhours_grpc import app as service_app
-from afterhours_grpc import calls, logs, settings
+from afterhours_grpc import calls, logs, settings, workers
 from afterhours_grpc import doctor as examination
 from afterhours_grpc.embedded import postgres, process, redis
 from afterhours_grpc.sessions import session
@@ -86,7 +84,7 @@ def serve(flags: dict[str, str]) -> None:
     try:
         config = settings.load(flags)
         logs.configure(config.log_format)
-        failed = asyncio.run(_serve(config, leave=_exit))
+        failed = asyncio.run(workers.serve(config, flags, leave=workers.end_process))
     except (settings.SettingsError, service_app.StartError) as error:
         _refuse(error)
     raise typer.Exit(failed)
@@ -125,11 +123,12 @@ def dev(
             postgres.Postgres(directory / "postgres", bindir=bindir) as truth,
             redis.Redis(directory / "redis") as timers,
         ):
-            config = settings.load({**flags, "DATABASE_URL": truth.url, "REDIS_URL": timers.url})
+            flags = {**flags, "DATABASE_URL": truth.url, "REDIS_URL": timers.url}
+            config = settings.load(flags)
             config.check()
             logs.configure(config.log_format)
             typer.echo(f"data      {directory}\nPostgres  {truth.url}\nRedis     {timers.url}")
-            failed = asyncio.run(_dev(config, truth.url))
+            failed = asyncio.run(_dev(config, flags, truth.url))
     except (process.EngineError, settings.SettingsError, service_app.StartError, schema.SchemaError) as error:
         _refuse(error)
     except OSError as error:
@@ -174,7 +173,7 @@ def _fuzz_key(directory: pathlib.Path) -> str:
     return kept.read_text()
 
 
-async def _dev(config: settings.Settings, url: str) -> int:
+async def _dev(config: settings.Settings, flags: dict[str, str], url: str) -> int:
     await schema.migrate(url)
     db = database.Database(url)
     try:
@@ -183,45 +182,7 @@ async def _dev(config: settings.Settings, url: str) -> int:
             await profiles.put_profile(session.Profile(DEMO, identity_verified=True, location_consent=True))
     finally:
         await db.close()
-    return await _serve(config, _greet)
-
-
-async def _serve(
-    config: settings.Settings,
-    greet: collections.abc.Callable[[str], None] = lambda _: None,
-    leave: collections.abc.Callable[[int], None] = lambda _: None,
-) -> int:
-    """Serve until SIGTERM or SIGINT, then call `leave` with the exit status, or give it."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stopped = asyncio.create_task(stop.wait())
-    status = 0
-    async with contextlib.AsyncExitStack() as stack:
-        context = service_app.running(config, leave=lambda: leave(status))
-        starting = asyncio.create_task(stack.enter_async_context(context))
-        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.wait({starting})
-            return 0
-        running = starting.result()
-        typer.echo(f"listening on {running.address}")
-        greet(running.address)
-        failed = asyncio.create_task(running.failed.wait())
-        await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
-        status = int(running.failed.is_set())
-        # Whatever hangs, the process ends in time.
-        limit = threading.Timer(config.drain.total_seconds(), _exit, (status,))
-        limit.daemon = True
-        limit.start()
-    return status
-
-
-def _exit(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return await workers.serve(config, flags, _greet)
 
 
 def _greet(address: str) -> None:

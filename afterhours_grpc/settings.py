@@ -3,6 +3,7 @@
 import datetime
 import importlib.util
 import ipaddress
+import os
 import pathlib
 import re
 import sys
@@ -90,6 +91,12 @@ class Settings(pydantic_settings.BaseSettings):
         "REDIS_URL", "redis://localhost:6379", "Redis: redis://…, rediss://… or unix://…"
     )
     listen: Address = _variable("AFTERHOURS_LISTEN", "127.0.0.1:50051", "host:port; port 0 picks one.")
+    workers: typing.Annotated[int, pydantic.Field(ge=1, le=64)] = _variable(
+        "AFTERHOURS_WORKERS", 1, "Processes sharing the port, 1 to 64."
+    )
+    worker: int | None = _variable(
+        "AFTERHOURS_WORKER", None, "Set by the supervisor: the number of the worker that this process is, from 0."
+    )
     transport: typing.Literal["grpcio", "native"] = _variable(
         "AFTERHOURS_TRANSPORT", "grpcio", "What carries HTTP/2: grpcio, or native (the extra of that name)."
     )
@@ -128,7 +135,6 @@ class Settings(pydantic_settings.BaseSettings):
     )
 
     # Of the contract, and not built yet: refused rather than ignored.
-    workers: Unbuilt = _variable("AFTERHOURS_WORKERS", "1", "Processes sharing the port: 1 for now.")
     gates: Unbuilt = _variable("AFTERHOURS_GATES", "", "None for now.")
     rate_limit: Unbuilt = _variable("AFTERHOURS_RATE_LIMIT", "", "None for now.")
     tls_cert: Unbuilt = _variable("AFTERHOURS_TLS_CERT", "", "None for now.")
@@ -159,6 +165,11 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def environment(overrides: typing.Mapping[str, str]) -> dict[str, str]:
+    """Give the environment of this process, and `overrides` over it, for one that it starts."""
+    return {**os.environ, **overrides}  # noqa: TID251 - it is this module that does
 
 
 def load(overrides: typing.Mapping[str, str]) -> Settings:

@@ -56,7 +56,7 @@ class Server:
         *,
         transport: typing.Literal["grpcio", "native"],
         with_reflection: bool,
-        shared: bool = False,
+        shared: bool,
     ) -> None:
         self._boundary = interceptors.Boundary(NAMES)
         self._server = _transport(transport, self._boundary, shared=shared)
