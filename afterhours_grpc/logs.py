@@ -1,5 +1,7 @@
 """Logging: to stderr, JSON or for people, and never the text of an exception, which may carry a row."""
 
+import collections.abc
+import contextlib
 import logging
 import sys
 import traceback
@@ -7,6 +9,35 @@ import typing
 
 import msgspec
 import structlog
+
+
+class _Lines:
+    """A file for lines, each written through at once but for those that are held back to be written together."""
+
+    stream: typing.BinaryIO | None = None
+    held = False
+
+    def write(self, line: bytes) -> None:
+        if self.stream:
+            self.stream.write(line)
+
+    def flush(self) -> None:
+        if self.stream and not self.held:
+            self.stream.flush()
+
+
+_lines = _Lines()
+
+
+@contextlib.contextmanager
+def together() -> collections.abc.Iterator[None]:
+    """Write the lines of JSON that are logged in here when it is left: a system call for each would cost more."""
+    _lines.held = True
+    try:
+        yield
+    finally:
+        _lines.held = False
+        _lines.flush()
 
 
 def configure(format: typing.Literal["console", "json"]) -> None:
@@ -17,7 +48,9 @@ def configure(format: typing.Literal["console", "json"]) -> None:
         renderer, factory = structlog.dev.ConsoleRenderer(), structlog.PrintLoggerFactory(sys.stderr)
     else:
         # A line is written for every call: of what structlog offers, this costs half.
-        renderer, factory = structlog.processors.JSONRenderer(_json), structlog.BytesLoggerFactory(sys.stderr.buffer)
+        _lines.stream = sys.stderr.buffer
+        renderer = structlog.processors.JSONRenderer(_json)
+        factory = structlog.BytesLoggerFactory(typing.cast("typing.BinaryIO", _lines))
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -32,6 +32,7 @@ _COMPONENTS = (
     # grpc.aio is compiled and shows no frames: its tasks are what `Handle._run` runs by itself.
     ("grpc.aio: its tasks in the event loop", ("Handle._run",)),
     ("grpc.aio: its poller thread", ("_poll_wrapper",)),
+    ("native transport", ("pygrpc_native/",)),
     ("event loop: select, and wake-ups", ("EpollSelector.select", "BaseEventLoop._run_once", "_process_events")),
 )
 
@@ -42,16 +43,19 @@ def main(
     seconds: float = 15,
     users: int = 100_000,
     top: int = 25,
+    transport: str = "grpcio",
     native: bool = False,
 ) -> None:
     """Load OPERATION for SECONDS, sample the server meanwhile, and print the shares of components and functions."""
     with systems.bench(users) as bench:
-        raw = asyncio.run(_sampled(bench, operation, concurrency, seconds, native=native))
+        raw = asyncio.run(_sampled(bench, operation, concurrency, seconds, transport, native=native))
     _print(raw, top)
 
 
-async def _sampled(bench: systems.Bench, operation: str, concurrency: int, seconds: float, *, native: bool) -> str:
-    ours = systems.Ours(bench, {})
+async def _sampled(
+    bench: systems.Bench, operation: str, concurrency: int, seconds: float, transport: str, *, native: bool
+) -> str:
+    ours = systems.Ours(bench, {"AFTERHOURS_TRANSPORT": transport})
     output = bench.folder / "samples"
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(ours.running())

@@ -83,7 +83,9 @@ class Batcher(typing.Generic[Call, Answer]):
         self._busy: set[collections.abc.Hashable] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._flying = 0
-        self._inside = 0
+        self._inside: set[_Entry[Call, Answer]] = set()
+        # One for the first deadline of them all: a timer for each call costs more than all else here.
+        self._alarm: asyncio.TimerHandle | None = None
         # Whether the last flight has landed, or is slow.
         self._cleared = True
         self._departing = False
@@ -98,23 +100,37 @@ class Batcher(typing.Generic[Call, Answer]):
         At its deadline DeadlineExceeded is raised if nothing of it was applied or will be; where `deadline` is the
         service's own, StoreUnavailable, even if it was.
         """
-        if self._inside >= self._room:
+        if len(self._inside) >= self._room:
             raise errors.Overloaded
         entry: _Entry[Call, Answer] = _Entry(call, self._keys(call), deadline, self._loop.create_future())
         self._waiting.append(entry)
-        self._inside += 1
+        self._inside.add(entry)
         if self._cleared and not self._departing and len(self._waiting) >= self._expected:
             self._departing = True
             self._loop.call_soon(self._depart)
-        timer = self._loop.call_later(deadline.at - time.monotonic(), entry.late)
+        if not self._alarm or deadline.at < self._alarm.when():
+            self._wake_at(deadline.at)
         try:
             return await entry.answer
         finally:
-            timer.cancel()
-            self._inside -= 1
-            if len(self._waiting) > 2 * self._room:
-                # Half of them and more have gone away.
+            self._inside.discard(entry)
+            if len(self._waiting) > 2 * self._room:  # half of them and more have gone away
                 self._waiting = collections.deque(each for each in self._waiting if not each.answer.done())
+
+    def _wake_at(self, at: float) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(at, self._ring, at)
+
+    def _ring(self, at: float) -> None:
+        """Tell those whose deadline passed, and wake up for the first of the others."""
+        now = max(at, self._loop.time())
+        self._alarm = None
+        for entry in self._inside:
+            if entry.deadline.at <= now:
+                entry.late()
+        if later := [entry.deadline.at for entry in self._inside if entry.deadline.at > now]:
+            self._wake_at(min(later))
 
     async def close(self) -> None:
         """Wait until every call in the queue and in flight has been answered."""
@@ -124,15 +140,14 @@ class Batcher(typing.Generic[Call, Answer]):
 
     def _clear(self) -> None:
         """Let the next flight depart with whoever waits."""
-        self._cleared = True
-        self._expected = 1
+        self._cleared, self._expected = True, 1
         self._gathered()
         self._depart()
 
     def _gathered(self) -> None:
         if self._gathering:
             self._gathering.cancel()
-            self._gathering = None
+        self._gathering = None
 
     def _depart(self) -> None:
         self._departing = False
@@ -201,22 +216,19 @@ class Batcher(typing.Generic[Call, Answer]):
 
     async def _try(self, entries: list[_Entry[Call, Answer]]) -> list[_Entry[Call, Answer]]:
         """Flush, answer, and give those that are to be tried again by themselves."""
-        answers: collections.abc.Sequence[Answer | Exception]
         for entry in entries:
             entry.flying = True
+        answers: collections.abc.Sequence[Answer | Exception]
         try:
             answers = await self._flush([entry.call for entry in entries])
-        except database.Retry as error:
-            answers = [error] * len(entries)
-        except errors.SessionError as error:
+        except (database.Retry, errors.SessionError) as error:
             answers = [error] * len(entries)
         except Exception as error:  # noqa: BLE001 - one call's fault, or ours: told to its caller, who logs it
             answers = [database.Retry() if len(entries) > 1 else error] * len(entries)
         again = []
         for entry, answer in zip(entries, answers, strict=True):
             if isinstance(answer, database.Retry):
-                # Taken back: from here on it is known not to be applied.
-                entry.flying = False
+                entry.flying = False  # Taken back: from here on it is known not to be applied.
                 if time.monotonic() >= entry.deadline.at:
                     entry.late()
                 again.append(entry)
