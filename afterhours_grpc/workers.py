@@ -147,7 +147,8 @@ def _reserved(host: str, port: int) -> collections.abc.Iterator[int]:
             alone.listen()
             bound: int = alone.getsockname()[1]
         held = socket.socket(family)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            held.setsockopt(socket.SOL_SOCKET, option, 1)
         held.bind((address[0], bound, *address[2:]))
     except OSError:
         raise app.StartError(f"cannot listen on {host}:{port}: set AFTERHOURS_LISTEN to a free address") from None
