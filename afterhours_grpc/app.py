@@ -33,6 +33,11 @@ class StartError(Exception):
     """The service cannot start; the message is one line and says what to do."""
 
 
+def cannot_listen(variable: str, host: str, port: int) -> StartError:
+    """Give the error for an address, of a setting, that is not to be had."""
+    return StartError(f"cannot listen on {host}:{port}: set {variable} to a free address")
+
+
 class Service:
     """A running service, at `address`."""
 
@@ -168,12 +173,12 @@ async def _listening(grpc_server: server.Server, host: str, port: int) -> str:
     try:
         return f"{host}:{await grpc_server.start(host, port)}"
     except OSError:
-        raise StartError(f"cannot listen on {host}:{port}: set AFTERHOURS_LISTEN to a free address") from None
+        raise cannot_listen("AFTERHOURS_LISTEN", host, port) from None
 
 
 def _export(host: str, port: int) -> collections.abc.Callable[[], None]:
     try:
         exporter, _ = prometheus_client.start_http_server(port, host, registry=metrics.REGISTRY)
     except OSError:
-        raise StartError(f"cannot listen on {host}:{port}: set AFTERHOURS_METRICS_LISTEN to a free address") from None
+        raise cannot_listen("AFTERHOURS_METRICS_LISTEN", host, port) from None
     return exporter.shutdown

@@ -151,7 +151,7 @@ def _reserved(host: str, port: int) -> collections.abc.Iterator[int]:
             held.setsockopt(socket.SOL_SOCKET, option, 1)
         held.bind((address[0], bound, *address[2:]))
     except OSError:
-        raise app.StartError(f"cannot listen on {host}:{port}: set AFTERHOURS_LISTEN to a free address") from None
+        raise app.cannot_listen("AFTERHOURS_LISTEN", host, port) from None
     with held:
         yield bound
 

@@ -61,6 +61,10 @@ class Engines:
         finally:
             await connection.close()
 
+    async def in_flight(self) -> bool:
+        """Whether a statement waits for a lock."""
+        return bool(await self.rows("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
 
 class Client:
     """The generated stubs on a channel, with what tests ask for most."""
@@ -239,6 +243,17 @@ async def process(engines: Engines, **overrides: str) -> collections.abc.AsyncIt
             await client.close()
     finally:
         await running.stop()
+
+
+async def refusal_to_start(environment: dict[str, str]) -> str:
+    """Start a server that must refuse to, with status 1, and give the one line that it says."""
+    process = await Process(environment).start()
+    try:
+        assert await process.wait() == 1
+    finally:
+        await process.stop()
+    [line] = process.lines
+    return line
 
 
 @dataclasses.dataclass(frozen=True)

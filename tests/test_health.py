@@ -96,21 +96,10 @@ async def test_reflection_can_be_turned_off(engines: replicas.Engines) -> None:
         assert await client.health() == "SERVING"
 
 
-async def refusal_to_start(environment: dict[str, str]) -> str:
-    """Start a server that must refuse to, with status 1, and give the one line that it says."""
-    process = await replicas.Process(environment).start()
-    try:
-        assert await process.wait() == 1
-    finally:
-        await process.stop()
-    [line] = process.lines
-    return line
-
-
 async def test_a_port_has_one_server(engines: replicas.Engines) -> None:
     """A second server on the port of another refuses to start, in one line, and the first one has all the calls."""
     async with replicas.process(engines) as (_, client):
-        line = await refusal_to_start(engines.environment(AFTERHOURS_LISTEN=client.address))
+        line = await replicas.refusal_to_start(engines.environment(AFTERHOURS_LISTEN=client.address))
         assert line.startswith("afterhours-grpc: ")
         assert client.address in line
         assert "AFTERHOURS_LISTEN" in line
@@ -121,9 +110,6 @@ async def test_a_port_has_one_server(engines: replicas.Engines) -> None:
 async def test_a_server_drains(engines: replicas.Engines, number: signal.Signals) -> None:
     """From SIGTERM on a server is NOT_SERVING, refuses what is new, answers what is in flight, and ends with 0."""
 
-    async def in_flight() -> bool:
-        return bool(await engines.rows("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-
     async def not_serving() -> bool:
         return await client.health() == "NOT_SERVING"
 
@@ -133,7 +119,7 @@ async def test_a_server_drains(engines: replicas.Engines, number: signal.Signals
         started = await client.start("ada")
         async with replicas.locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
             ending = asyncio.create_task(client.end("ada"))
-            await replicas.eventually(in_flight, within=10)
+            await replicas.eventually(engines.in_flight, within=10)
             process.signal(number)
             await replicas.eventually(not_serving, within=10)
             assert await client.health("afterhours.v1.ProfileService") == "NOT_SERVING"
@@ -219,6 +205,6 @@ async def test_metrics(engines: replicas.Engines) -> None:
         assert user not in told
         assert session.id not in told
 
-        line = await refusal_to_start(engines.environment(AFTERHOURS_METRICS_LISTEN=address))
+        line = await replicas.refusal_to_start(engines.environment(AFTERHOURS_METRICS_LISTEN=address))
         assert line.startswith("afterhours-grpc: ")
         assert "AFTERHOURS_METRICS_LISTEN" in line

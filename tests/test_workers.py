@@ -42,11 +42,10 @@ async def test_workers_share_a_port(engines: replicas.Engines) -> None:
         session = await client.start("ada", 2)
 
         async def ended() -> bool:
-            rows = await engines.rows("SELECT FROM after_hours_sessions WHERE ended_at = expires_at")
-            return len(rows) == 1
+            rows = await engines.rows("SELECT id FROM after_hours_sessions WHERE ended_at = expires_at")
+            return [str(row["id"]) for row in rows] == [session.id]
 
         await replicas.eventually(ended, within=4)
-        assert session.id
         process.signal(signal.SIGTERM)
         assert await process.wait() == 0
         assert not any(each.is_running() for each in workers)
@@ -57,9 +56,6 @@ async def test_workers_share_a_port(engines: replicas.Engines) -> None:
 async def test_a_call_in_flight_ends_before_its_worker(engines: replicas.Engines) -> None:
     """From SIGTERM on calls are told SHUTTING_DOWN, and the one in flight is answered."""
 
-    async def in_flight() -> bool:
-        return bool(await engines.rows("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-
     async def refused() -> bool:
         outcome = await replicas.outcome(client.get("ada"))
         return isinstance(outcome, replicas.Refusal) and outcome.reason == "SHUTTING_DOWN"
@@ -69,7 +65,7 @@ async def test_a_call_in_flight_ends_before_its_worker(engines: replicas.Engines
         await client.start("ada")
         async with replicas.locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
             ending = asyncio.create_task(client.end("ada"))
-            await replicas.eventually(in_flight, within=10)
+            await replicas.eventually(engines.in_flight, within=10)
             process.signal(signal.SIGTERM)
             await replicas.eventually(refused, within=10)
             assert not ending.done()
@@ -111,31 +107,21 @@ async def test_workers_end_with_their_supervisor(engines: replicas.Engines) -> N
         assert len(gone) == 2
 
 
-async def _refusal_to_start(environment: dict[str, str]) -> str:
-    process = await replicas.Process(environment).start()
-    try:
-        assert await process.wait() == 1
-    finally:
-        await process.stop()
-    [line] = process.lines
-    return line
-
-
 async def test_workers_have_their_port_to_themselves(engines: replicas.Engines) -> None:
     """A port that is taken is refused, by workers beside a server and by a server beside workers, in one line."""
     for first, second in (("1", "2"), ("2", "1"), ("2", "2")):
         async with replicas.process(engines, AFTERHOURS_WORKERS=first) as (_, client):
             environment = engines.environment(AFTERHOURS_LISTEN=client.address, AFTERHOURS_WORKERS=second)
-            assert client.address in await _refusal_to_start(environment)
+            assert client.address in await replicas.refusal_to_start(environment)
 
 
 async def test_what_keeps_one_from_starting_is_told_once(engines: replicas.Engines) -> None:
     """A database without a schema, and a number of workers that is none, are refused in one line."""
     empty = engines.database_url.rpartition("/")[0] + "/postgres"
-    told = await _refusal_to_start(engines.environment(AFTERHOURS_WORKERS="3", DATABASE_URL=empty))
+    told = await replicas.refusal_to_start(engines.environment(AFTERHOURS_WORKERS="3", DATABASE_URL=empty))
     assert "migrate" in told
     for number in ("0", "65", "many"):
-        assert "AFTERHOURS_WORKERS" in await _refusal_to_start(engines.environment(AFTERHOURS_WORKERS=number))
+        assert "AFTERHOURS_WORKERS" in await replicas.refusal_to_start(engines.environment(AFTERHOURS_WORKERS=number))
 
 
 async def test_a_stop_while_workers_start_is_a_clean_exit(engines: replicas.Engines) -> None:

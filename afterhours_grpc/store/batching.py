@@ -84,7 +84,7 @@ class Batcher(typing.Generic[Call, Answer]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._flying = 0
         self._inside: set[_Entry[Call, Answer]] = set()
-        # One for the first deadline of them all: a timer for each call costs more than all else here.
+        # One for the first deadline of them all: a timer for each call was a twentieth of a start.
         self._alarm: asyncio.TimerHandle | None = None
         # Whether the last flight has landed, or is slow.
         self._cleared = True
