@@ -10,11 +10,11 @@ import prometheus_client
 import structlog
 import tenacity
 
-from afterhours_grpc import background, metrics, settings
+from afterhours_grpc import background, metrics, settings, throttle
 from afterhours_grpc.expiry import clock, reconciler, timers
-from afterhours_grpc.rpc import server, wire
+from afterhours_grpc.rpc import auth, certificates, server, tokens, wire
 from afterhours_grpc.sessions import errors, location, service
-from afterhours_grpc.store import database, schema, store
+from afterhours_grpc.store import database, privacy, schema, store
 
 log = structlog.get_logger()
 
@@ -102,13 +102,22 @@ async def running(
     async with contextlib.AsyncExitStack() as last, contextlib.AsyncExitStack() as stack:
         db = database.Database(config.database_url)
         stack.push_async_callback(db.close)
-        session_store = store.Store(db)
+        session_store = store.Store(db, config.gates)
+        personal = privacy.Privacy(db)
         database_clock = clock.Clock()
         job_timers = timers.Timers(config.redis_url, session_store, database_clock)
         stack.push_async_callback(job_timers.close)
-        sweeper = reconciler.Reconciler(session_store, job_timers, database_clock, config.reconcile_interval)
+        sweeper = reconciler.Reconciler(
+            session_store,
+            personal,
+            job_timers,
+            database_clock,
+            config.reconcile_interval,
+            reconciler.Retention(config.exact_location_retention, config.history_retention),
+        )
         tasks = background.Background()
         stack.push_async_callback(tasks.stop)
+        authenticate, encryption = await _credentials(config, tasks)
         tasks.keep("timer writes", job_timers.write)
         await _ready(config.database_url, sweeper)
 
@@ -120,15 +129,19 @@ async def running(
             host, port = config.metrics_listen
             stack.callback(_export(host, port + (config.worker or 0) if port else 0))
 
-        sessions = service.Sessions(session_store, job_timers, location.Fuzzer(config.fuzz_key))
+        limiter = throttle.Throttle(config.redis_url, config.rate_limit) if config.rate_limit else None
+        if limiter:
+            stack.push_async_callback(limiter.close)
+        sessions = service.Sessions(session_store, personal, job_timers, location.Fuzzer(config.fuzz_key), limiter)
         stack.push_async_callback(sessions.close)
         profiles = service.Profiles(session_store, job_timers)
         stack.push_async_callback(profiles.close)
-        durations = wire.Durations(config.durations)
         grpc_server = server.Server(
             sessions,
             profiles,
-            durations,
+            wire.Durations(config.durations),
+            authenticate,
+            encryption=encryption,
             transport=config.transport,
             with_reflection=config.reflection,
             shared=config.worker is not None,
@@ -167,6 +180,39 @@ async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
         raise StartError(
             f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs"
         ) from error
+
+
+async def _credentials(
+    config: settings.Settings, tasks: background.Background
+) -> tuple[auth.Authenticator, certificates.Encryption | None]:
+    """Give what tells callers, and what encrypts. Raise StartError."""
+    authenticate: auth.Authenticator = auth.anyone
+    try:
+        expected = tokens.Expected(config.jwt_issuer, config.jwt_audience)
+        if config.auth == "jwt" and config.jwt_secret:
+            authenticate = tokens.Tokens(tokens.Secret(config.jwt_secret.get_secret_value()), expected)
+        elif config.auth == "jwt" and config.jwks_url:
+            authenticate = tokens.Tokens(await _key_set(config.jwks_url, tasks), expected)
+        elif config.auth == "mtls" and config.mtls_allow:
+            authenticate = certificates.Allowed(config.mtls_allow)
+        if not (config.tls_cert and config.tls_key):
+            return authenticate, None
+        return authenticate, certificates.Encryption(config.tls_cert, config.tls_key, config.tls_client_ca)
+    except (certificates.CertificateError, tokens.KeySetError) as error:
+        raise StartError(str(error)) from error
+
+
+async def _key_set(url: str, tasks: background.Background) -> tokens.KeySet:
+    """Give the keys at a URL. A file must be there; an endpoint may be away, for sessions end without it."""
+    keys = tokens.KeySet(url)
+    try:
+        await keys.refresh()
+    except tokens.KeySetError as error:
+        if url.startswith("file:"):
+            raise
+        log.error("jwks_unavailable", error=str(error))
+    tasks.keep("key set", keys.run)
+    return keys
 
 
 async def _listening(grpc_server: server.Server, host: str, port: int) -> str:

@@ -2,7 +2,10 @@
 
 import collections.abc
 import contextlib
+import dataclasses
+import inspect
 import json
+import pathlib
 import typing
 import uuid
 
@@ -13,33 +16,87 @@ from google.protobuf import duration_pb2, json_format, message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from afterhours_grpc import settings
+from afterhours_grpc import flags, settings
 
 app = typer.Typer(help="Call a server, as a person would.", no_args_is_help=True)
 
 User = typing.Annotated[str, typer.Argument(help="The user's id.", metavar="USER")]
-Target = typing.Annotated[
-    str | None,
-    typer.Option(help="host:port of the server; by default AFTERHOURS_LISTEN.", show_default=False),
-]
-Json = typing.Annotated[bool, typer.Option("--json", help="Print the answer, or the error, as JSON.")]
-Timeout = typing.Annotated[float, typer.Option(help="Deadline in seconds.")]
 RequestId = typing.Annotated[
     str | None, typer.Option(help="A UUID that makes a retry safe; a new one by default.", show_default=False)
 ]
 Length = typing.Annotated[str, typer.Option(help="How long: 15m, 30m or 60m, unless the operator says otherwise.")]
+_File = pathlib.Path | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Connection:
+    """What every command takes: the server, the caller, and how to print."""
+
+    target: typing.Annotated[
+        str | None, typer.Option(help="host:port of the server; by default AFTERHOURS_LISTEN.", show_default=False)
+    ] = None
+    token: typing.Annotated[
+        str | None, typer.Option(help="A token, as `afterhours-grpc token` signs one.", show_default=False)
+    ] = None
+    ca: typing.Annotated[_File, typer.Option(help="PEM: TLS, with this CA.", show_default=False)] = None
+    cert: typing.Annotated[_File, typer.Option(help="PEM: the client certificate.", show_default=False)] = None
+    key: typing.Annotated[_File, typer.Option(help="PEM: its key.", show_default=False)] = None
+    timeout: typing.Annotated[float, typer.Option(help="Deadline in seconds.")] = 5
+    as_json: typing.Annotated[bool, typer.Option("--json", help="Print the answer, or the error, as JSON.")] = False
+
+    @property
+    def options(self) -> dict[str, typing.Any]:
+        """What goes with each call: its deadline and its credentials."""
+        return {
+            "timeout": self.timeout,
+            "metadata": [("authorization", f"Bearer {self.token}")] if self.token else None,
+        }
+
+    @contextlib.contextmanager
+    def stub(self) -> collections.abc.Iterator[session_service_pb2_grpc.SessionServiceStub]:
+        """Give a stub; tell a failed call, and end with exit status 1."""
+        try:
+            address = self.target or "{}:{}".format(*settings.load({}).listen)
+            channel = self._channel(address)
+        except settings.SettingsError as error:
+            flags.refuse(error)
+        except OSError as error:
+            flags.refuse(f"{error.filename} cannot be read: choose another file")
+        with channel:
+            try:
+                yield session_service_pb2_grpc.SessionServiceStub(channel)
+            except grpc.RpcError as error:
+                _tell_failure(typing.cast("grpc.Call", error), address, self.as_json)
+                raise typer.Exit(1) from None
+
+    def _channel(self, address: str) -> grpc.Channel:
+        if not self.ca:
+            return grpc.insecure_channel(address)
+        ca, key, cert = (each.read_bytes() if each else None for each in (self.ca, self.key, self.cert))
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert))
+
+
+def _connected(command: collections.abc.Callable[..., None]) -> collections.abc.Callable[..., None]:
+    """Give a command, beside its own parameters, those of a connection."""
+    own = [each for each in inspect.signature(command).parameters.values() if each.name != "connection"]
+    shared = list(inspect.signature(Connection).parameters.values())
+
+    def run(**arguments: typing.Any) -> None:
+        connection = Connection(**{each.name: arguments.pop(each.name) for each in shared})
+        command(connection=connection, **arguments)
+
+    return flags.taking([*own, *shared], run, command)
 
 
 @app.command()
+@_connected
 def start(
+    connection: Connection,
     user: User,
     latitude: typing.Annotated[float, typer.Option(help="Degrees, WGS 84.")],
     longitude: typing.Annotated[float, typer.Option(help="Degrees, WGS 84.")],
     duration: Length = "15m",
     request_id: RequestId = None,
-    target: Target = None,
-    timeout: Timeout = 5,
-    as_json: Json = False,
 ) -> None:
     """Open the user's session."""
     request = session_service_pb2.StartSessionRequest(
@@ -48,32 +105,23 @@ def start(
         location=session_pb2.Location(latitude=latitude, longitude=longitude),
         request_id=request_id or str(uuid.uuid4()),
     )
-    with _stub(target, as_json) as stub:
-        _tell(stub.StartSession(request, timeout=timeout), as_json)
+    with connection.stub() as stub:
+        _tell(stub.StartSession(request, **connection.options), connection.as_json)
 
 
 @app.command()
-def end(
-    user: User,
-    request_id: RequestId = None,
-    target: Target = None,
-    timeout: Timeout = 5,
-    as_json: Json = False,
-) -> None:
+@_connected
+def end(connection: Connection, user: User, request_id: RequestId = None) -> None:
     """End the user's active session."""
     request = session_service_pb2.EndSessionRequest(user_id=user, request_id=request_id or str(uuid.uuid4()))
-    with _stub(target, as_json) as stub:
-        _tell(stub.EndSession(request, timeout=timeout), as_json)
+    with connection.stub() as stub:
+        _tell(stub.EndSession(request, **connection.options), connection.as_json)
 
 
 @app.command()
+@_connected
 def extend(
-    user: User,
-    additional_duration: Length = "15m",
-    request_id: RequestId = None,
-    target: Target = None,
-    timeout: Timeout = 5,
-    as_json: Json = False,
+    connection: Connection, user: User, additional_duration: Length = "15m", request_id: RequestId = None
 ) -> None:
     """Move the end of the user's active session."""
     request = session_service_pb2.ExtendSessionRequest(
@@ -81,16 +129,17 @@ def extend(
         additional_duration=_duration(additional_duration),
         request_id=request_id or str(uuid.uuid4()),
     )
-    with _stub(target, as_json) as stub:
-        _tell(stub.ExtendSession(request, timeout=timeout), as_json)
+    with connection.stub() as stub:
+        _tell(stub.ExtendSession(request, **connection.options), connection.as_json)
 
 
 @app.command()
-def get(user: User, target: Target = None, timeout: Timeout = 5, as_json: Json = False) -> None:
+@_connected
+def get(connection: Connection, user: User) -> None:
     """Show the user's active session."""
-    with _stub(target, as_json) as stub:
-        response = stub.GetSession(session_service_pb2.GetSessionRequest(user_id=user), timeout=timeout)
-        _tell(response, as_json)
+    request = session_service_pb2.GetSessionRequest(user_id=user)
+    with connection.stub() as stub:
+        _tell(stub.GetSession(request, **connection.options), connection.as_json)
 
 
 def _duration(text: str) -> duration_pb2.Duration:
@@ -101,22 +150,6 @@ def _duration(text: str) -> duration_pb2.Duration:
     duration = duration_pb2.Duration()
     duration.FromTimedelta(length)
     return duration
-
-
-@contextlib.contextmanager
-def _stub(target: str | None, as_json: bool) -> collections.abc.Iterator[session_service_pb2_grpc.SessionServiceStub]:
-    """Give a stub; tell a failed call, and end with exit status 1."""
-    try:
-        address = target or "{}:{}".format(*settings.load({}).listen)
-    except settings.SettingsError as error:
-        typer.echo(f"afterhours-grpc: {error}", err=True)
-        raise typer.Exit(1) from None
-    with grpc.insecure_channel(address) as channel:
-        try:
-            yield session_service_pb2_grpc.SessionServiceStub(channel)
-        except grpc.RpcError as error:
-            _tell_failure(typing.cast("grpc.Call", error), address, as_json)
-            raise typer.Exit(1) from None
 
 
 def _tell(response: message.Message, as_json: bool) -> None:

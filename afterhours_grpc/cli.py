@@ -1,10 +1,8 @@
 """The commands. Every setting is also a flag of the commands that serve."""
 
 import asyncio
-import collections.abc
 import contextlib
 import dataclasses
-import inspect
 import json
 import os
 import pathlib
@@ -17,10 +15,11 @@ import typing
 import asyncpg
 import typer
 
+from afterhours_grpc import administration, calls, logs, settings, workers
 from afterhours_grpc import app as service_app
-from afterhours_grpc import calls, logs, settings, workers
 from afterhours_grpc import doctor as examination
 from afterhours_grpc.embedded import postgres, process, redis
+from afterhours_grpc.flags import refuse, with_settings
 from afterhours_grpc.sessions import session
 from afterhours_grpc.store import database, schema, store
 
@@ -31,54 +30,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(calls.app, name="call")
+app.add_typer(administration.app)
 
 DEMO = session.UserId("demo")
 
 
-def _refuse(error: object) -> typing.NoReturn:
-    """End with one line and exit status 1."""
-    sys.stderr.write(f"afterhours-grpc: {error}\n")
-    raise typer.Exit(1)
-
-
-def _with_settings(command: collections.abc.Callable[..., None]) -> collections.abc.Callable[..., None]:
-    """Give a command, beside its own parameters, a flag for each setting; it gets those that were given."""
-    own = [each for each in inspect.signature(command).parameters.values() if each.name != "flags"]
-    fields = settings.Settings.model_fields
-    generated = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=typing.Annotated[
-                str | None,
-                typer.Option(
-                    f"--{name.replace('_', '-')}",
-                    help=f"{field.description} [{field.validation_alias}]",
-                    show_default=False,
-                ),
-            ],
-        )
-        for name, field in fields.items()
-    ]
-
-    def run(**arguments: typing.Any) -> None:
-        flags = {
-            str(fields[name].validation_alias): value
-            for name, value in arguments.items()
-            if name in fields and value is not None
-        }
-        command(flags=flags, **{each.name: arguments[each.name] for each in own})
-
-    parameters = [*(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own), *generated]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
-
-
 @app.command()
-@_with_settings
+@with_settings
 def serve(flags: dict[str, str]) -> None:
     """Serve on DATABASE_URL and REDIS_URL until SIGTERM."""
     try:
@@ -86,28 +44,28 @@ def serve(flags: dict[str, str]) -> None:
         logs.configure(config.log_format)
         failed = asyncio.run(workers.serve(config, flags, leave=workers.end_process))
     except (settings.SettingsError, service_app.StartError) as error:
-        _refuse(error)
+        refuse(error)
     raise typer.Exit(failed)
 
 
 @app.command()
-@_with_settings
+@with_settings
 def migrate(flags: dict[str, str]) -> None:
     """Bring the database to the newest schema; safe to run twice, and by two at once."""
     try:
         url = settings.load(flags).database_url
         if not url:
-            _refuse("DATABASE_URL is not set: set it to postgresql://…")
+            refuse("DATABASE_URL is not set: set it to postgresql://…")
         version = asyncio.run(schema.migrate(url))
     except (settings.SettingsError, schema.SchemaError) as error:
-        _refuse(error)
+        refuse(error)
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        _refuse(f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs")
+        refuse(f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs")
     typer.echo(f"the schema is at version {version}")
 
 
 @app.command()
-@_with_settings
+@with_settings
 def dev(
     flags: dict[str, str],
     data_dir: typing.Annotated[
@@ -130,14 +88,14 @@ def dev(
             typer.echo(f"data      {directory}\nPostgres  {truth.url}\nRedis     {timers.url}")
             failed = asyncio.run(_dev(config, flags, truth.url))
     except (process.EngineError, settings.SettingsError, service_app.StartError, schema.SchemaError) as error:
-        _refuse(error)
+        refuse(error)
     except OSError as error:
-        _refuse(f"{directory} cannot be used ({error.strerror}): choose another by --data-dir")
+        refuse(f"{directory} cannot be used ({error.strerror}): choose another by --data-dir")
     raise typer.Exit(failed)
 
 
 @app.command()
-@_with_settings
+@with_settings
 def doctor(
     flags: dict[str, str],
     as_json: typing.Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
@@ -146,7 +104,7 @@ def doctor(
     try:
         config = settings.load(flags)
     except settings.SettingsError as error:
-        _refuse(error)
+        refuse(error)
     findings = asyncio.run(examination.examine(config))
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(each) for each in findings], indent=2))

@@ -15,6 +15,8 @@ class Point(enum.StrEnum):
     TIMED = "timed"  # its timer is written, its caller is not answered
     SWEPT = "swept"  # a batch of overdue sessions is closed, the next is not
     DELETED = "deleted"  # a profile is deleted and not committed, its session is not ended
+    PUT = "put"  # a profile that closes a gate is written and not committed, its session is not ended
+    ERASED = "erased"  # a user is erased and that is not committed
     MIGRATED = "migrated"  # a migration has run and is not committed
 
 

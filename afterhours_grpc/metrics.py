@@ -16,3 +16,6 @@ EXPIRED = prometheus_client.Counter(
 TIMER_WRITES_FAILED = prometheus_client.Counter(
     "afterhours_timer_writes_failed", "Pipelines of timers that Redis did not take.", registry=REGISTRY
 )
+RATE_LIMIT_SKIPPED = prometheus_client.Counter(
+    "afterhours_rate_limit_skipped", "Starts and extends that passed uncounted, without Redis.", registry=REGISTRY
+)

@@ -1,5 +1,6 @@
 """The settings: the only reader of the environment. Whatever is wrong with one is told in one line."""
 
+import collections.abc
 import datetime
 import importlib.util
 import ipaddress
@@ -13,7 +14,7 @@ import pydantic
 import pydantic_settings
 
 from afterhours_grpc import failpoints
-from afterhours_grpc.sessions import location
+from afterhours_grpc.sessions import location, session
 
 _UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _LENGTH = re.compile(r"(\d+)(s|m|h|d)")
@@ -64,13 +65,17 @@ Length = typing.Annotated[datetime.timedelta, pydantic.BeforeValidator(length)]
 Address = typing.Annotated[tuple[str, int], pydantic.BeforeValidator(_address), pydantic_settings.NoDecode]
 
 
-def _unbuilt(text: str, info: pydantic.ValidationInfo) -> str:
-    if text != Settings.model_fields[str(info.field_name)].default:
-        raise ValueError(f"{text} is not built yet: leave it unset")
-    return text
+def _gates(text: object) -> frozenset[session.Gate]:
+    try:
+        return frozenset(session.Gate(each.strip()) for each in str(text).split(",") if each.strip())
+    except ValueError:
+        raise ValueError(f"each must be one of {', '.join(session.Gate)}") from None
 
 
-Unbuilt = typing.Annotated[str, pydantic.AfterValidator(_unbuilt)]
+def _secret(secret: pydantic.SecretStr) -> pydantic.SecretStr:
+    if len(secret.get_secret_value().encode()) < 32:
+        raise ValueError("must have at least 32 bytes: make one by `openssl rand -hex 32`")
+    return secret
 
 
 def _variable(name: str, default: typing.Any, description: str) -> typing.Any:
@@ -107,7 +112,35 @@ class Settings(pydantic_settings.BaseSettings):
         "AFTERHOURS_RECONCILE_INTERVAL", "5s", "Time between two sweeps."
     )
     auth: typing.Literal["jwt", "mtls", "none"] = _variable(
-        "AFTERHOURS_AUTH", "jwt", "Credentials: none, and that only on a loopback address."
+        "AFTERHOURS_AUTH", "jwt", "Credentials: jwt, mtls, or on a loopback address none."
+    )
+    jwt_secret: typing.Annotated[pydantic.SecretStr, pydantic.AfterValidator(_secret)] | None = _variable(
+        "AFTERHOURS_JWT_SECRET", None, "Secret of tokens, HS256: at least 32 bytes."
+    )
+    jwks_url: typing.Annotated[str, pydantic.Field(pattern=r"^(https://|file:/)")] | None = _variable(
+        "AFTERHOURS_JWKS_URL", None, "Key set of tokens, RS256, ES256 or EdDSA: https://… or file:///…"
+    )
+    jwt_issuer: str | None = _variable("AFTERHOURS_JWT_ISSUER", None, "Issuer that tokens must name.")
+    jwt_audience: str | None = _variable("AFTERHOURS_JWT_AUDIENCE", None, "Audience that tokens must name.")
+    tls_cert: pathlib.Path | None = _variable("AFTERHOURS_TLS_CERT", None, "PEM: the server's certificate chain.")
+    tls_key: pathlib.Path | None = _variable("AFTERHOURS_TLS_KEY", None, "PEM: the certificate's key.")
+    tls_client_ca: pathlib.Path | None = _variable(
+        "AFTERHOURS_TLS_CLIENT_CA", None, "PEM: the CA of client certificates, which are then required."
+    )
+    mtls_allow: pathlib.Path | None = _variable(
+        "AFTERHOURS_MTLS_ALLOW", None, "File: a client certificate's SAN and its scopes on each line."
+    )
+    gates: typing.Annotated[frozenset[session.Gate], pydantic.BeforeValidator(_gates), pydantic_settings.NoDecode] = (
+        _variable("AFTERHOURS_GATES", "", "What a start and an extension need: any of premium,verified,consent.")
+    )
+    rate_limit: typing.Annotated[int, pydantic.Field(ge=1)] | None = _variable(
+        "AFTERHOURS_RATE_LIMIT", None, "Starts and extends of one user a minute."
+    )
+    exact_location_retention: Length = _variable(
+        "AFTERHOURS_EXACT_LOCATION_RETENTION", "30d", "How long after a session's end its exact location is kept."
+    )
+    history_retention: Length = _variable(
+        "AFTERHOURS_HISTORY_RETENTION", "365d", "How long after its end a session is kept."
     )
     fuzz_key: typing.Annotated[
         tuple[location.FuzzKey, ...] | None,
@@ -134,20 +167,9 @@ class Settings(pydantic_settings.BaseSettings):
         "AFTERHOURS_FAIL_POINT", None, "For tests: the point at which the process kills itself."
     )
 
-    # Of the contract, and not built yet: refused rather than ignored.
-    gates: Unbuilt = _variable("AFTERHOURS_GATES", "", "None for now.")
-    rate_limit: Unbuilt = _variable("AFTERHOURS_RATE_LIMIT", "", "None for now.")
-    tls_cert: Unbuilt = _variable("AFTERHOURS_TLS_CERT", "", "None for now.")
-    tls_key: Unbuilt = _variable("AFTERHOURS_TLS_KEY", "", "None for now.")
-    tls_client_ca: Unbuilt = _variable("AFTERHOURS_TLS_CLIENT_CA", "", "None for now.")
-
     def check(self) -> None:
         """Raise SettingsError for what keeps the service from being served with these, all of it at once."""
-        missing = []
-        if self.auth != "none":
-            missing.append(f"AFTERHOURS_AUTH={self.auth} is not built yet: set it to none, on a loopback address")
-        elif not _loopback(self.listen[0]):
-            missing.append("AFTERHOURS_AUTH=none is for a loopback AFTERHOURS_LISTEN only, such as 127.0.0.1:50051")
+        missing = [*self._credentials()]
         if not self.database_url:
             missing.append("DATABASE_URL is not set: set it to postgresql://…, or try `afterhours-grpc dev`")
         if not self.fuzz_key:
@@ -156,6 +178,21 @@ class Settings(pydantic_settings.BaseSettings):
             missing.append("AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours[native]'")
         if missing:
             raise SettingsError("; ".join(missing))
+
+    def _credentials(self) -> collections.abc.Iterator[str]:
+        """Say what is missing for callers to be known, and for nobody else to listen."""
+        if self.auth == "none" and not _loopback(self.listen[0]):
+            yield "AFTERHOURS_AUTH=none is for a loopback AFTERHOURS_LISTEN only, such as 127.0.0.1:50051"
+        if self.auth == "jwt" and bool(self.jwt_secret) == bool(self.jwks_url):
+            yield "AFTERHOURS_AUTH=jwt needs either AFTERHOURS_JWT_SECRET or AFTERHOURS_JWKS_URL: set one of the two"
+        if self.auth == "mtls":
+            for name in ("tls_cert", "tls_key", "tls_client_ca", "mtls_allow"):
+                if not getattr(self, name):
+                    yield f"AFTERHOURS_AUTH=mtls needs AFTERHOURS_{name.upper()}: set it to a file"
+        elif bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
+            yield "TLS needs both AFTERHOURS_TLS_CERT and AFTERHOURS_TLS_KEY: set them to PEM files"
+        if self.transport == "native" and self.tls_cert:
+            yield "AFTERHOURS_TRANSPORT=native has no TLS: set it to grpcio, or leave AFTERHOURS_TLS_CERT unset"
 
 
 def _loopback(host: str) -> bool:

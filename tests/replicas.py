@@ -66,14 +66,42 @@ class Engines:
         return bool(await self.rows("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
 
 
+class _Bearer(grpc.aio.UnaryUnaryClientInterceptor):
+    """Sends a token with each call."""
+
+    def __init__(self, token: str) -> None:
+        self._metadata = ("authorization", f"Bearer {token}")
+
+    async def intercept_unary_unary(
+        self,
+        continuation: collections.abc.Callable[..., typing.Any],
+        client_call_details: grpc.aio.ClientCallDetails,
+        request: object,
+    ) -> typing.Any:
+        metadata = grpc.aio.Metadata(*(client_call_details.metadata or ()), self._metadata)
+        details = grpc.aio.ClientCallDetails(
+            client_call_details.method,
+            client_call_details.timeout,
+            metadata,
+            client_call_details.credentials,
+            client_call_details.wait_for_ready,
+        )
+        return await continuation(details, request)
+
+
 class Client:
     """The generated stubs on a channel, with what tests ask for most."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, token: str = "", credentials: grpc.ChannelCredentials | None = None) -> None:
         self.address = address
         # No retries and no shared subchannels: each client sees its own server, as it is.
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
-        self.channel = grpc.aio.insecure_channel(address, options=options)
+        interceptors = [_Bearer(token)] if token else []
+        self.channel = (
+            grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+            if credentials
+            else grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+        )
         self.sessions: session_service_pb2_grpc.SessionServiceAsyncStub = session_service_pb2_grpc.SessionServiceStub(
             self.channel
         )
@@ -81,9 +109,9 @@ class Client:
             self.channel
         )
 
-    async def put_profile(self, user_id: str) -> None:
+    async def put_profile(self, user_id: str, **fields: typing.Any) -> None:
         """Give a user a profile."""
-        profile = profile_pb2.Profile(user_id=user_id)
+        profile = profile_pb2.Profile(user_id=user_id, **fields)
         await self.profiles.PutProfile(profile_service_pb2.PutProfileRequest(profile=profile))
 
     async def start(
@@ -128,6 +156,11 @@ class Client:
         """Delete a profile."""
         await self.profiles.DeleteProfile(profile_service_pb2.DeleteProfileRequest(user_id=user_id))
 
+    async def exact_location(self, session_id: str, purpose: str = "case 7") -> session_pb2.Location:
+        """Read where a session was started."""
+        request = session_service_pb2.GetExactLocationRequest(session_id=session_id, purpose=purpose)
+        return (await self.sessions.GetExactLocation(request, timeout=10)).location
+
     async def health(self, service: str = "afterhours.v1.SessionService") -> str:
         """Give the name of a health status."""
         stub: typing.Any = health_pb2_grpc.HealthStub(self.channel)
@@ -137,6 +170,12 @@ class Client:
     async def close(self) -> None:
         """Close the channel."""
         await self.channel.close(None)
+
+    async def __aenter__(self) -> typing.Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
 
 @contextlib.asynccontextmanager

@@ -11,7 +11,7 @@ import replicas
 
 from afterhours_grpc.expiry import clock, timers
 from afterhours_grpc.sessions import errors, location, service, session
-from afterhours_grpc.store import batching, database, store
+from afterhours_grpc.store import batching, database, privacy, store
 
 pytestmark = pytest.mark.store
 
@@ -196,8 +196,10 @@ async def test_a_call_past_its_deadline_is_not_told_that_nothing_is_active(
         sessions_store = store.Store(replica.database)
         use_cases = service.Sessions(
             sessions_store,
+            privacy.Privacy(replica.database),
             timers.Timers(engines.redis_url, sessions_store, clock.Clock()),
             location.Fuzzer(location.FuzzKey.parse(replicas.FUZZ_KEY)),
+            limiter=None,
         )
         user, past = session.UserId("ada"), session.Deadline(time.monotonic() - 1, of_caller=True)
         late = {

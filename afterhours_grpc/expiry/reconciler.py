@@ -1,8 +1,10 @@
-"""What makes Redis optional: a sweep that closes what is overdue, and mends the timers."""
+"""What makes Redis optional: a sweep that closes what is overdue, and mends the timers. It keeps retentions, too."""
 
 import asyncio
+import collections.abc
 import dataclasses
 import datetime
+import functools
 import time
 import uuid
 
@@ -12,7 +14,7 @@ import structlog
 from afterhours_grpc import failpoints, metrics
 from afterhours_grpc.expiry import clock, timers
 from afterhours_grpc.sessions import errors, session
-from afterhours_grpc.store import database, store
+from afterhours_grpc.store import database, privacy, store
 
 log = structlog.get_logger()
 
@@ -23,21 +25,39 @@ _FIRST = (datetime.datetime.min.replace(tzinfo=datetime.UTC), session.SessionId(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Swept:
-    """What one run did: counts of sessions, timers and answers."""
+    """What one run did: counts of sessions, of timers, of answers, of exact locations, and of sessions again."""
 
     closed: int
     armed: int = 0
     dropped: int = 0
     forgotten: int = 0
+    erased: int = 0
+    removed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Retention:
+    """For how long after a session's end its exact location is kept, and the session itself."""
+
+    exact: datetime.timedelta
+    history: datetime.timedelta
 
 
 class Reconciler:
     """Sweeps Postgres and Redis every `interval`. Any number of replicas may do so at once."""
 
     def __init__(
-        self, store: store.Store, timers: timers.Timers, clock: clock.Clock, interval: datetime.timedelta
+        self,
+        store: store.Store,
+        privacy: privacy.Privacy,
+        timers: timers.Timers,
+        clock: clock.Clock,
+        interval: datetime.timedelta,
+        retention: Retention,
     ) -> None:
         self._store = store
+        self._privacy = privacy
+        self._retention = retention
         self._timers = timers
         self._clock = clock
         self._interval = interval.total_seconds()
@@ -57,7 +77,7 @@ class Reconciler:
                 return closed
 
     async def run_once(self) -> Swept:
-        """Close what is overdue, then mend a slice of the timers, then forget old answers.
+        """Close what is overdue, mend a slice of the timers, and clear away what is kept no longer.
 
         Raise `errors.StoreUnavailable`. While slices have timers missing, because Redis lost them, it goes on with the
         next at once, for at most half an interval. Without Redis the timers are left alone.
@@ -65,7 +85,6 @@ class Reconciler:
         until = time.monotonic() + self._interval / 2
         await self._clock.measure(self._store)
         closed = await self.close_overdue()
-        forgotten = await self._store.forget_requests(BATCH)
         armed = missing = dropped = 0
         try:
             while (missing := await self._arm_slice()) and time.monotonic() < until:
@@ -73,7 +92,18 @@ class Reconciler:
             dropped = await self._drop_slice()
         except redis.exceptions.RedisError as error:
             log.warning("timers_unswept", error=type(error).__name__)
-        return Swept(closed, armed + missing, dropped, forgotten)
+        forgotten = await self._clear(self._privacy.forget_requests)
+        erased = await self._clear(functools.partial(self._privacy.erase_exact, self._retention.exact))
+        removed = await self._clear(functools.partial(self._privacy.remove_ended, self._retention.history))
+        return Swept(closed, armed + missing, dropped, forgotten, erased, removed)
+
+    async def _clear(self, some: collections.abc.Callable[[int], collections.abc.Awaitable[int]]) -> int:
+        """Clear away in batches until there is nothing left, for at most a tenth of an interval; give how many."""
+        until = time.monotonic() + self._interval / 10
+        cleared = batch = await some(BATCH)
+        while batch == BATCH and time.monotonic() < until:
+            cleared += (batch := await some(BATCH))
+        return cleared
 
     async def _arm_slice(self) -> int:
         due = await self._store.active_after(*self._armed_to, BATCH)

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import collections.abc
+import contextlib
 import datetime
 import itertools
 import time
@@ -158,6 +159,11 @@ class Timers:
         """Remove members. Raise RedisError."""
         if members:
             await self._redis.zrem(jobstore.KEY, *members)
+
+    async def drop_of(self, ids: collections.abc.Iterable[session.SessionId]) -> None:
+        """Remove the timers of sessions, at once. Those that Redis does not take are left to the sweep."""
+        with contextlib.suppress(redis.exceptions.RedisError):
+            await self.drop([jobstore.job_id(id) for id in ids])
 
     def _passed(self) -> None:
         self.last_pass = time.monotonic()

@@ -24,10 +24,9 @@ LONGEST_WAIT = 5.0
 # Seconds before a call's deadline from which on nothing is applied for it, so that it can still be told so.
 _MARGIN = 0.02
 
-_Context: typing.TypeAlias = "grpc.aio.ServicerContext[typing.Any, typing.Any]"
 _MethodHandler: typing.TypeAlias = "grpc.RpcMethodHandler[typing.Any, typing.Any]"
 _Decode = collections.abc.Callable[[bytes], typing.Any]
-_Behaviour = collections.abc.Callable[[typing.Any, "_Context"], collections.abc.Awaitable[typing.Any]]
+_Behaviour = collections.abc.Callable[[typing.Any, auth.Context], collections.abc.Awaitable[typing.Any]]
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -36,8 +35,9 @@ class Boundary(grpc.aio.ServerInterceptor):
     Requests are decoded in here, where bytes that are no message can be answered properly.
     """
 
-    def __init__(self, services: collections.abc.Collection[str]) -> None:
+    def __init__(self, services: collections.abc.Collection[str], authenticate: auth.Authenticator) -> None:
         self._prefixes = tuple(f"/{name}/" for name in services)
+        self._authenticate = authenticate
         self._wrapped: dict[str, _MethodHandler] = {}
         self._draining = False
         self._in_flight = 0
@@ -85,15 +85,20 @@ class Boundary(grpc.aio.ServerInterceptor):
         behaviour: _Behaviour,
         decode: _Decode,
     ) -> _Behaviour:
-        async def call(raw: bytes, context: _Context) -> typing.Any:
+        async def call(raw: bytes, context: auth.Context) -> typing.Any:
             began = time.perf_counter()
             request: typing.Any = None
+            caller: auth.Caller | None = None
             error: errors.SessionError | None = None
             code = grpc.StatusCode.OK
             self._in_flight += 1
             self._idle.clear()
             try:
-                request = self._admit(raw, decode)
+                if self._draining:
+                    raise errors.ShuttingDown  # noqa: TRY301 - told like every other refusal
+                caller = await self._authenticate(context)
+                auth.caller.set(caller)
+                request = _decoded(raw, decode)
                 auth.deadline.set(_deadline(context.time_remaining()))
                 return await behaviour(request, context)
             except errors.SessionError as refusal:
@@ -108,7 +113,7 @@ class Boundary(grpc.aio.ServerInterceptor):
                 self._in_flight -= 1
                 if not self._in_flight:
                     self._idle.set()
-                self._note(method, code, error, time.perf_counter() - began, request)
+                self._note(method, code, error, time.perf_counter() - began, caller, request)
             told = rpc_status.to_status(status.status(error))
             return await context.abort(told.code, told.details, told.trailing_metadata)
 
@@ -120,19 +125,19 @@ class Boundary(grpc.aio.ServerInterceptor):
         code: grpc.StatusCode,
         error: errors.SessionError | None,
         seconds: float,
+        caller: auth.Caller | None,
         request: typing.Any,
     ) -> None:
         reason = status.reason(error) if error else ""
         request_id = wire.request_id(request)
-        self._journal.take(journal.Note(method, code.name, reason, seconds, auth.caller.get(), request_id))
+        self._journal.take(journal.Note(method, code.name, reason, seconds, caller.id if caller else None, request_id))
 
-    def _admit(self, raw: bytes, decode: _Decode) -> typing.Any:
-        if self._draining:
-            raise errors.ShuttingDown
-        try:
-            return decode(raw)
-        except message.DecodeError:
-            raise errors.InvalidRequest from None
+
+def _decoded(raw: bytes, decode: _Decode) -> typing.Any:
+    try:
+        return decode(raw)
+    except message.DecodeError:
+        raise errors.InvalidRequest from None
 
 
 def _deadline(remaining: float | None) -> session.Deadline:

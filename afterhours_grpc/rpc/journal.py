@@ -18,7 +18,7 @@ class Note(typing.NamedTuple):
     code: str
     reason: str
     seconds: float
-    caller: str
+    caller: str | None
     request_id: str | None
 
 

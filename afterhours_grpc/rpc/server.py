@@ -12,18 +12,37 @@ from afterhours.v1 import (
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from afterhours_grpc.rpc import interceptors, servicers, wire
+from afterhours_grpc.rpc import auth, certificates, interceptors, servicers, wire
 from afterhours_grpc.sessions import service
 
 NAMES = (
     session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
     profile_service_pb2.DESCRIPTOR.services_by_name["ProfileService"].full_name,
 )
+_KIB, _SECOND, _MINUTE = 1024, 1000, 60_000
 _OPTIONS = (
+    # The longest request that there is has a thousand user ids of 255 code points.
+    ("grpc.max_receive_message_length", 2048 * _KIB),
+    # Between the two limits calls would be refused by chance.
+    ("grpc.max_metadata_size", 16 * _KIB),
+    ("grpc.absolute_max_metadata_size", 16 * _KIB),
+    # Of one connection; a client that never reads fills no more than these.
+    ("grpc.max_concurrent_streams", 1024),
+    # A client that vanished is noticed within 80 s.
+    ("grpc.keepalive_time_ms", 60 * _SECOND),
+    ("grpc.keepalive_timeout_ms", 20 * _SECOND),
+)
+_OPTIONS_OF_GRPCIO = (
     # Of a burst beyond its first 1,000 calls the library would tell some CANCELLED, which nobody retries. What is too
     # much for us is told OVERLOADED, by the batchers.
     ("grpc.server.max_pending_requests", 20_000),
     ("grpc.server.max_pending_requests_hard_limit", 40_000),
+    # Connections move to other servers in time, streams within the grace; clients may ping every 10 s.
+    ("grpc.max_connection_idle_ms", 15 * _MINUTE),
+    ("grpc.max_connection_age_ms", 30 * _MINUTE),
+    ("grpc.max_connection_age_grace_ms", 5 * _MINUTE),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10 * _SECOND),
+    ("grpc.http2.max_ping_strikes", 2),
 )
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
@@ -39,13 +58,14 @@ def _transport(
         import pygrpc_native.aio  # noqa: PLC0415 - an extra of its own
 
         return pygrpc_native.aio.server(interceptors=[interceptor], options=options)
-    return grpc.aio.server(interceptors=[interceptor], options=options)
+    return grpc.aio.server(interceptors=[interceptor], options=(*options, *_OPTIONS_OF_GRPCIO))
 
 
 class Server:
     """A grpc.aio server. Health `""` says that the process lives; the services' own names say whether they serve.
 
-    `transport` is what carries HTTP/2, and `shared` says that other processes listen on the same port.
+    `transport` is what carries HTTP/2, in the clear unless there is `encryption`; `authenticate` gives each call's
+    caller, and `shared` says that other processes listen on the same port.
     """
 
     def __init__(
@@ -53,12 +73,15 @@ class Server:
         sessions: service.Sessions,
         profiles: service.Profiles,
         durations: wire.Durations,
+        authenticate: auth.Authenticator,
         *,
+        encryption: certificates.Encryption | None,
         transport: typing.Literal["grpcio", "native"],
         with_reflection: bool,
         shared: bool,
     ) -> None:
-        self._boundary = interceptors.Boundary(NAMES)
+        self._boundary = interceptors.Boundary(NAMES, authenticate)
+        self._encryption = encryption
         self._server = _transport(transport, self._boundary, shared=shared)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(
             servicers.SessionServicer(sessions, durations), self._server
@@ -88,7 +111,10 @@ class Server:
         """Listen, and give the port. Nothing is SERVING yet. Raise OSError if the address is not to be had."""
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = self._server.add_insecure_port(address)
+            if self._encryption:
+                bound = self._server.add_secure_port(address, self._encryption.credentials())
+            else:
+                bound = self._server.add_insecure_port(address)
         except RuntimeError:  # its text is a page of the library's own
             raise OSError(f"cannot listen on {address}") from None
         await self.serving(False)

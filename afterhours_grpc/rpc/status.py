@@ -14,11 +14,19 @@ DOMAIN = "afterhours.v1"
 _R = error_reason_pb2
 _TABLE: dict[type[Exception], tuple[grpc.StatusCode, _R.ErrorReason]] = {
     errors.InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, _R.ERROR_REASON_INVALID_REQUEST),
+    errors.Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, _R.ERROR_REASON_UNAUTHENTICATED),
+    errors.Forbidden: (grpc.StatusCode.PERMISSION_DENIED, _R.ERROR_REASON_FORBIDDEN),
     errors.RequestIdReused: (grpc.StatusCode.INVALID_ARGUMENT, _R.ERROR_REASON_REQUEST_ID_REUSED),
     errors.ProfileRequired: (grpc.StatusCode.FAILED_PRECONDITION, _R.ERROR_REASON_PROFILE_REQUIRED),
+    errors.PremiumRequired: (grpc.StatusCode.PERMISSION_DENIED, _R.ERROR_REASON_PREMIUM_REQUIRED),
+    errors.VerificationRequired: (grpc.StatusCode.PERMISSION_DENIED, _R.ERROR_REASON_VERIFICATION_REQUIRED),
+    errors.ConsentRequired: (grpc.StatusCode.PERMISSION_DENIED, _R.ERROR_REASON_CONSENT_REQUIRED),
+    errors.RateLimited: (grpc.StatusCode.RESOURCE_EXHAUSTED, _R.ERROR_REASON_RATE_LIMITED),
     errors.SessionAlreadyActive: (grpc.StatusCode.ALREADY_EXISTS, _R.ERROR_REASON_SESSION_ALREADY_ACTIVE),
     errors.NoActiveSession: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_NO_ACTIVE_SESSION),
     errors.ProfileNotFound: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_PROFILE_NOT_FOUND),
+    errors.SessionNotFound: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_SESSION_NOT_FOUND),
+    errors.LocationErased: (grpc.StatusCode.FAILED_PRECONDITION, _R.ERROR_REASON_LOCATION_ERASED),
     errors.Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, _R.ERROR_REASON_OVERLOADED),
     errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, _R.ERROR_REASON_DEADLINE_EXCEEDED),
     errors.ShuttingDown: (grpc.StatusCode.UNAVAILABLE, _R.ERROR_REASON_SHUTTING_DOWN),
@@ -65,6 +73,8 @@ def _further(error: errors.SessionError) -> list[message.Message]:
     if type(error) in _RETRY_DELAY:
         return [error_details_pb2.RetryInfo(retry_delay=_RETRY_DELAY[type(error)])]
     match error:
+        case errors.RateLimited():
+            return [error_details_pb2.RetryInfo(retry_delay=error.retry_after)]
         case errors.InvalidRequest():
             violations = [
                 error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)

@@ -1,4 +1,4 @@
-"""Between protobuf and the domain: parsing names every field that breaks its rules; rendering cannot fail."""
+"""Protobuf -> domain: every field that breaks its rules is named. What goes back is rendered by `rendering`."""
 
 import collections.abc
 import datetime
@@ -8,19 +8,18 @@ import typing
 import uuid
 
 from afterhours.v1 import (
-    profile_pb2,
     profile_service_pb2,
-    session_pb2,
     session_service_pb2,
 )
 from google.protobuf import duration_pb2, timestamp_pb2
 
+from afterhours_grpc.rpc import auth
 from afterhours_grpc.sessions import errors, location, session
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-_LONGEST_USER_ID = 255
+# Code points of a user's id, and of a purpose.
+_LONGEST_TEXT = 255
 # 0001-01-01 and 9999-12-31T23:59:59, the range that google.protobuf.Timestamp promises.
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _FIRST_SECOND, _LAST_SECOND = -62135596800, 253402300799
 
 _Mutation = (
@@ -28,10 +27,6 @@ _Mutation = (
     | session_service_pb2.EndSessionRequest
     | session_service_pb2.ExtendSessionRequest
 )
-_END_REASON: dict[session.EndReason | None, typing.Any] = {
-    None: session_pb2.END_REASON_UNSPECIFIED,
-    **{each: session_pb2.EndReason.Value(f"END_REASON_{each.value}") for each in session.EndReason},
-}
 
 
 class Durations:
@@ -61,12 +56,15 @@ class _Form:
             raise errors.InvalidRequest(tuple(self._violations))
 
     def user_id(self, value: str, field: str = "user_id") -> session.UserId:
+        return session.UserId(self.text(value, field))
+
+    def text(self, value: str, field: str) -> str:
         self.must(
-            0 < len(value) <= _LONGEST_USER_ID and "\0" not in value,
+            0 < len(value) <= _LONGEST_TEXT and "\0" not in value,
             field,
             "must have 1 to 255 code points, none of them U+0000",
         )
-        return session.UserId(value)
+        return value
 
     def duration(self, value: duration_pb2.Duration, field: str, allowed: Durations) -> datetime.timedelta:
         found = allowed.find(value)
@@ -87,17 +85,23 @@ class _Form:
             longitude = 0.0
         return location.ExactLocation(latitude, longitude)
 
-    def request(self, request: _Mutation, caller: str) -> session.Request | None:
+    def identifier(self, value: str, field: str) -> uuid.UUID | None:
+        if _UUID.fullmatch(value):
+            return uuid.UUID(value)
+        self.must(False, field, "must be a UUID such as 123e4567-e89b-12d3-a456-426614174000")
+        return None
+
+    def request(self, request: _Mutation, caller: auth.Caller) -> session.Request | None:
         if not request.request_id:
             return None
-        if not _UUID.fullmatch(request.request_id):
-            self.must(False, "request_id", "must be a UUID such as 123e4567-e89b-12d3-a456-426614174000")
+        id = self.identifier(request.request_id, "request_id")
+        if id is None:
             return None
         body = type(request)()
         body.CopyFrom(request)  # type: ignore[arg-type]
         body.ClearField("request_id")
         fingerprint = hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
-        return session.Request(caller, uuid.UUID(request.request_id), fingerprint)
+        return session.Request(caller.id, id, fingerprint)
 
 
 def request_id(request: object) -> str | None:
@@ -107,12 +111,15 @@ def request_id(request: object) -> str | None:
 
 
 def start(
-    request: session_service_pb2.StartSessionRequest, caller: str, deadline: session.Deadline, allowed: Durations
+    request: session_service_pb2.StartSessionRequest,
+    caller: auth.Caller,
+    deadline: session.Deadline,
+    allowed: Durations,
 ) -> session.Start:
     """Parse, or raise InvalidRequest."""
     form = _Form()
     parsed = session.Start(
-        user_id=form.user_id(request.user_id),
+        user_id=form.user_id(caller.named(request.user_id)),
         duration=form.duration(request.duration, "duration", allowed),
         exact=form.exact(request),
         request=form.request(request, caller),
@@ -122,21 +129,24 @@ def start(
     return parsed
 
 
-def end(request: session_service_pb2.EndSessionRequest, caller: str, deadline: session.Deadline) -> session.End:
+def end(request: session_service_pb2.EndSessionRequest, caller: auth.Caller, deadline: session.Deadline) -> session.End:
     """Parse, or raise InvalidRequest."""
     form = _Form()
-    parsed = session.End(form.user_id(request.user_id), form.request(request, caller), deadline)
+    parsed = session.End(form.user_id(caller.named(request.user_id)), form.request(request, caller), deadline)
     form.check()
     return parsed
 
 
 def extend(
-    request: session_service_pb2.ExtendSessionRequest, caller: str, deadline: session.Deadline, allowed: Durations
+    request: session_service_pb2.ExtendSessionRequest,
+    caller: auth.Caller,
+    deadline: session.Deadline,
+    allowed: Durations,
 ) -> session.Extend:
     """Parse, or raise InvalidRequest."""
     form = _Form()
     parsed = session.Extend(
-        user_id=form.user_id(request.user_id),
+        user_id=form.user_id(caller.named(request.user_id)),
         additional=form.duration(request.additional_duration, "additional_duration", allowed),
         request=form.request(request, caller),
         deadline=deadline,
@@ -149,10 +159,29 @@ class _OfUser(typing.Protocol):
     user_id: str
 
 
-def user_id(request: _OfUser) -> session.UserId:
+def user_id(request: _OfUser, caller: auth.Caller) -> session.UserId:
     """Parse a request that has nothing but a user, or raise InvalidRequest."""
     form = _Form()
+    parsed = form.user_id(caller.named(request.user_id))
+    form.check()
+    return parsed
+
+
+def delete_profile(request: profile_service_pb2.DeleteProfileRequest) -> session.UserId:
+    """Parse, or raise InvalidRequest."""
+    form = _Form()
     parsed = form.user_id(request.user_id)
+    form.check()
+    return parsed
+
+
+def exact_location(
+    request: session_service_pb2.GetExactLocationRequest, caller: auth.Caller, deadline: session.Deadline
+) -> session.ExactRead:
+    """Parse, or raise InvalidRequest."""
+    form = _Form()
+    id = form.identifier(request.session_id, "session_id") or uuid.UUID(int=0)
+    parsed = session.ExactRead(session.SessionId(id), form.text(request.purpose, "purpose"), caller.id, deadline)
     form.check()
     return parsed
 
@@ -181,39 +210,3 @@ def _instant(value: timestamp_pb2.Timestamp) -> datetime.datetime | None:
     if not (_FIRST_SECOND <= value.seconds <= _LAST_SECOND and 0 <= value.nanos < 10**9):
         return None
     return value.ToDatetime(datetime.UTC)
-
-
-def session_message(value: session.Session) -> session_pb2.Session:
-    """Render a session."""
-    return session_pb2.Session(
-        id=str(value.id),
-        user_id=value.user_id,
-        state=session_pb2.SESSION_STATE_ACTIVE if value.active else session_pb2.SESSION_STATE_ENDED,
-        start_time=_timestamp(value.started_at),
-        expire_time=_timestamp(value.expires_at),
-        end_time=value.ended_at and _timestamp(value.ended_at),
-        end_reason=_END_REASON[value.end_reason],
-        remaining=_duration(value.remaining),
-        fuzzed_location=session_pb2.Location(latitude=value.fuzzed.latitude, longitude=value.fuzzed.longitude),
-        fuzz_radius_meters=value.fuzz_radius_meters,
-    )
-
-
-# protobuf's own conversions cost a third of the rendering of a session.
-def _timestamp(at: datetime.datetime) -> timestamp_pb2.Timestamp:
-    since = at - _EPOCH
-    return timestamp_pb2.Timestamp(seconds=since.days * 86400 + since.seconds, nanos=since.microseconds * 1000)
-
-
-def _duration(length: datetime.timedelta) -> duration_pb2.Duration:
-    return duration_pb2.Duration(seconds=length.days * 86400 + length.seconds, nanos=length.microseconds * 1000)
-
-
-def profile_message(value: session.Profile) -> profile_pb2.Profile:
-    """Render a profile."""
-    return profile_pb2.Profile(
-        user_id=value.user_id,
-        premium_expire_time=value.premium_expires_at,
-        identity_verified=value.identity_verified,
-        location_consent=value.location_consent,
-    )

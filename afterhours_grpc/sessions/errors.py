@@ -37,6 +37,22 @@ class InvalidRequest(SessionError):
         return f"The request is invalid: {told}."
 
 
+class Unauthenticated(SessionError):
+    """The credentials are missing or not accepted."""
+
+    def __init__(self, advice: str) -> None:
+        super().__init__()
+        self.advice = advice
+
+    def __str__(self) -> str:
+        """Say what to send instead."""
+        return f"{super().__str__()} {self.advice}"
+
+
+class Forbidden(SessionError):
+    """These credentials do not allow this call: it is for another user, or needs a scope that they lack."""
+
+
 class RequestIdReused(SessionError):
     """This request_id was applied with another body; take a new UUID for each call that is not a retry."""
 
@@ -47,6 +63,26 @@ class ProfileRequired(SessionError):
     def __init__(self, user_id: session.UserId) -> None:
         super().__init__()
         self.user_id = user_id
+
+
+class PremiumRequired(SessionError):
+    """The user's premium time is over or never was; put a later premium_expire_time by ProfileService.PutProfile."""
+
+
+class VerificationRequired(SessionError):
+    """The user's identity is not verified; put identity_verified by ProfileService.PutProfile once it is."""
+
+
+class ConsentRequired(SessionError):
+    """The user does not consent to be located; put location_consent by ProfileService.PutProfile once they do."""
+
+
+class RateLimited(SessionError):
+    """The user started and extended too often within a minute, and nothing was applied. Retry after the delay."""
+
+    def __init__(self, retry_after: datetime.timedelta) -> None:
+        super().__init__()
+        self.retry_after = retry_after
 
 
 class SessionAlreadyActive(SessionError):
@@ -64,6 +100,14 @@ class NoActiveSession(SessionError):
 
 class ProfileNotFound(SessionError):
     """There is no profile of this user; put one by ProfileService.PutProfile."""
+
+
+class SessionNotFound(SessionError):
+    """There is no session of this id: it never was, or it was removed after its retention."""
+
+
+class LocationErased(SessionError):
+    """The exact location of this session was erased after its retention; only the fuzzed one is left."""
 
 
 class Overloaded(SessionError):

@@ -128,3 +128,21 @@ class Extend:
     additional: datetime.timedelta
     request: Request | None
     deadline: Deadline
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExactRead:
+    """Read an exact location. Who did, and for what, is recorded with it."""
+
+    id: SessionId
+    purpose: str
+    caller: str
+    deadline: Deadline
+
+
+class Gate(enum.StrEnum):
+    """What the operator may ask of a profile for a start and an extension, in the order in which it is told."""
+
+    PREMIUM = "premium"
+    VERIFIED = "verified"
+    CONSENT = "consent"

@@ -15,7 +15,8 @@ CROSS JOIN LATERAL (
 
 # Why a call came back without a row: the answer that it was given before, no profile, or an active session.
 EXPLAIN = database.Statement(f"""
-SELECT asked.ordinal, profile.found IS NOT NULL AS has_profile,
+SELECT asked.ordinal, profile.user_id IS NOT NULL AS has_profile,
+    ARRAY[{", ".join(transitions.closed("profile"))}] AS closed,
     kept.*, active.id AS active_id, active.expires_at AS active_expires_at
 FROM (SELECT {transitions.NOW} AS at) AS clock
 CROSS JOIN unnest(CAST(:ordinals AS int[]), CAST(:user_ids AS text[]), CAST(:callers AS text[]),
@@ -28,7 +29,7 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) AS kept ON true
 LEFT JOIN LATERAL (
-    SELECT true AS found FROM after_hours_profiles WHERE user_id = asked.user_id LIMIT 1
+    SELECT * FROM after_hours_profiles WHERE user_id = asked.user_id LIMIT 1
 ) AS profile ON true
 LEFT JOIN LATERAL (
     SELECT s.id, s.expires_at FROM after_hours_sessions AS s
@@ -37,11 +38,33 @@ LEFT JOIN LATERAL (
 ) AS active ON true
 """)
 
+_PREMIUM, _VERIFIED, _CONSENT = transitions.closed("put")
+
 PUT_PROFILE = database.Statement("""
 INSERT INTO after_hours_profiles AS p (user_id, premium_expires_at, identity_verified, location_consent)
 VALUES (:user_id, :premium_expires_at, :identity_verified, :location_consent)
 ON CONFLICT (user_id) DO UPDATE SET premium_expires_at = EXCLUDED.premium_expires_at,
     identity_verified = EXCLUDED.identity_verified, location_consent = EXCLUDED.location_consent
+""")
+
+# Where there are gates: whether this put withdraws what one asks for. A premium time that merely passed does not.
+PUT_PROFILE_GATED = database.Statement(f"""
+WITH before AS MATERIALIZED (
+        SELECT premium_expires_at FROM after_hours_profiles WHERE user_id = :user_id FOR UPDATE
+    ),
+    put AS (
+        INSERT INTO after_hours_profiles AS p (user_id, premium_expires_at, identity_verified, location_consent)
+        SELECT CAST(:user_id AS text), CAST(:premium_expires_at AS timestamptz), CAST(:identity_verified AS boolean),
+            CAST(:location_consent AS boolean)
+        FROM (SELECT count(*) FROM before) AS after_the_lock
+        ON CONFLICT (user_id) DO UPDATE SET premium_expires_at = EXCLUDED.premium_expires_at,
+            identity_verified = EXCLUDED.identity_verified, location_consent = EXCLUDED.location_consent
+        RETURNING premium_expires_at, identity_verified, location_consent
+    )
+SELECT {_PREMIUM} AND put.premium_expires_at IS DISTINCT FROM before.premium_expires_at
+    OR {_VERIFIED} OR {_CONSENT} AS withdrawn
+FROM put CROSS JOIN (SELECT {transitions.NOW} AS at FROM (SELECT count(*) FROM put) AS after_the_put) AS clock
+LEFT JOIN before ON true
 """)
 
 GET_PROFILES = database.Statement("""
@@ -56,21 +79,33 @@ DELETE FROM after_hours_profiles WHERE user_id = :user_id RETURNING user_id
 CLOCK = database.Statement(f"SELECT {transitions.NOW} AS at")
 
 # Keyset slices of what should have a timer, soonest first.
-ACTIVE_AFTER = database.Statement("""
+ACTIVE_AFTER = database.Statement(f"""
 SELECT id, expires_at FROM after_hours_sessions
-WHERE ended_at IS NULL AND (expires_at, id) > (CAST(:expires_at AS timestamptz), CAST(:id AS uuid))
+WHERE {transitions.BY_DUE} AND (expires_at, id) > (CAST(:expires_at AS timestamptz), CAST(:id AS uuid))
 ORDER BY expires_at, id LIMIT :most
 """)
 
 # What no sweep has closed yet, and for how long at most.
 OVERDUE = database.Statement(f"""
 SELECT count(*) AS overdue, coalesce(max(({transitions.NOW}) - expires_at), interval '0') AS longest
-FROM after_hours_sessions WHERE ended_at IS NULL AND expires_at <= (SELECT {transitions.NOW})
+FROM after_hours_sessions WHERE {transitions.BY_DUE} AND expires_at <= (SELECT {transitions.NOW})
 """)
 
 # Of these sessions, those that should have a timer.
-STILL_ACTIVE = database.Statement("""
-SELECT id FROM after_hours_sessions WHERE id = ANY(CAST(:ids AS uuid[])) AND ended_at IS NULL
+STILL_ACTIVE = database.Statement(f"""
+SELECT id FROM after_hours_sessions AS s WHERE id = ANY(CAST(:ids AS uuid[])) AND {transitions.OPEN}
+""")
+
+# Which calls were applied before under their request_id.
+KEPT = database.Statement("""
+SELECT r.caller, r.method, r.request_id
+FROM unnest(CAST(:callers AS text[]), CAST(:methods AS text[]), CAST(:request_ids AS uuid[]))
+    AS asked(caller, method, request_id)
+CROSS JOIN LATERAL (
+    SELECT caller, method, request_id FROM after_hours_requests AS r
+    WHERE r.caller = asked.caller AND r.method = asked.method AND r.request_id = asked.request_id
+    LIMIT 1
+) AS r
 """)
 
 # Answers of more than a day ago, in bounded batches.

@@ -29,6 +29,7 @@ class Explanation:
 
     kept: Kept | None
     has_profile: bool
+    closed: session.Gate | None
     active: tuple[session.SessionId, datetime.datetime] | None
 
 
@@ -42,10 +43,11 @@ class Expiry:
 
 
 class Store:
-    """The sessions and profiles in `database`."""
+    """The sessions and profiles in `database`. Starts and extensions need what `gates` ask for."""
 
-    def __init__(self, database: database.Database) -> None:
+    def __init__(self, database: database.Database, gates: collections.abc.Set[session.Gate] = frozenset()) -> None:
         self._database = database
+        self._gates = {gate.value: gate in gates for gate in session.Gate}
 
     async def start(
         self,
@@ -54,7 +56,7 @@ class Store:
     ) -> list[session.Session | None]:
         """Open sessions, each shown at one of its candidates: the user's last one, or else the first.
 
-        None: applied before, no profile, or an active session.
+        None: applied before, no profile, a closed gate, or an active session.
         """
         places = [
             (ordinal, rank, place) for ordinal, choice in enumerate(candidates, 1) for rank, place in enumerate(choice)
@@ -72,6 +74,7 @@ class Store:
             fuzzed_latitudes=[place.fuzzed.latitude for _, _, place in places],
             fuzzed_longitudes=[place.fuzzed.longitude for _, _, place in places],
             radius_meters=location.RADIUS_METERS,
+            **self._gates,
         )
         return _by_ordinal(rows, len(calls))
 
@@ -83,11 +86,12 @@ class Store:
         return [ended if ended and ended.end_reason is reason else None for ended in _by_ordinal(rows, len(calls))]
 
     async def extend(self, calls: collections.abc.Sequence[session.Extend]) -> list[session.Session | None]:
-        """Move the ends of active sessions. None: applied before, or none active."""
+        """Move the ends of active sessions. None: applied before, a closed gate, or none active."""
         rows = await self._database.fetch(
-            transitions.EXTEND,
+            transitions.EXTEND_GATED if any(self._gates.values()) else transitions.EXTEND,
             **_asked(session.Method.EXTEND, calls),
             additionals=[call.additional for call in calls],
+            **self._gates,
         )
         return _by_ordinal(rows, len(calls))
 
@@ -98,8 +102,7 @@ class Store:
 
     async def explain(self, method: session.Method, calls: collections.abc.Sequence[Call]) -> list[Explanation]:
         """Read what stands against calls."""
-        asked = _asked(method, calls)
-        rows = await self._database.fetch(queries.EXPLAIN, **asked)
+        rows = await self._database.fetch(queries.EXPLAIN, **_asked(method, calls), **self._gates)
         by_ordinal = {row["ordinal"]: _explanation(row) for row in rows}
         return [by_ordinal[ordinal] for ordinal in range(1, len(calls) + 1)]
 
@@ -113,9 +116,26 @@ class Store:
         rows = await self._database.fetch(transitions.EXPIRE_OVERDUE, most=most, reason=None)
         return [row["id"] for row in rows]
 
-    async def put_profile(self, profile: session.Profile) -> None:
-        """Create or replace a profile."""
-        await self._database.fetch(queries.PUT_PROFILE, **dataclasses.asdict(profile))
+    async def kept(self, asked: collections.abc.Sequence[tuple[session.Method, session.Request]]) -> list[bool]:
+        """Read which calls were applied before under their request_id."""
+        keys = [(request.caller, method.value, request.id) for method, request in asked]
+        callers, methods, request_ids = zip(*keys, strict=True)
+        rows = await self._database.fetch(queries.KEPT, callers=callers, methods=methods, request_ids=request_ids)
+        found = {(row["caller"], row["method"], row["request_id"]) for row in rows}
+        return [key in found for key in keys]
+
+    async def put_profile(self, profile: session.Profile) -> list[session.SessionId]:
+        """Create or replace a profile, and end an active session if that withdraws what a gate asks for: what ended."""
+        values = dataclasses.asdict(profile)
+        if not any(self._gates.values()):
+            await self._database.fetch(queries.PUT_PROFILE, **values)
+            return []
+        async with self._database.transaction() as run:
+            [put] = await run(queries.PUT_PROFILE_GATED, **values, **self._gates)
+            if not put["withdrawn"]:
+                return []
+            failpoints.reach(failpoints.Point.PUT)
+            return await _end_of_user(run, profile.user_id, session.EndReason.INELIGIBLE)
 
     async def get_profiles(
         self, user_ids: collections.abc.Sequence[session.UserId]
@@ -130,12 +150,7 @@ class Store:
             if not await run(queries.DELETE_PROFILE, user_id=user_id):
                 return False, []
             failpoints.reach(failpoints.Point.DELETED)
-            rows = await run(
-                transitions.END_OF_USERS,
-                user_ids=[user_id],
-                reason=session.EndReason.PROFILE_REMOVED.value,
-            )
-        return True, [row["id"] for row in rows]
+            return True, await _end_of_user(run, user_id, session.EndReason.PROFILE_REMOVED)
 
     async def clock(self) -> datetime.datetime:
         """Read the database's clock."""
@@ -160,9 +175,12 @@ class Store:
         rows = await self._database.fetch(queries.STILL_ACTIVE, ids=list(ids))
         return {row["id"] for row in rows}
 
-    async def forget_requests(self, most: int) -> int:
-        """Delete at most `most` answers given more than 24 hours ago."""
-        return len(await self._database.fetch(queries.FORGET_REQUESTS, most=most))
+
+async def _end_of_user(
+    run: database.Run, user_id: session.UserId, reason: session.EndReason
+) -> list[session.SessionId]:
+    rows = await run(transitions.END_OF_USERS, user_ids=[user_id], reason=reason.value)
+    return [row["id"] for row in rows]
 
 
 def _asked(method: session.Method, calls: collections.abc.Sequence[Call]) -> dict[str, object]:
@@ -202,5 +220,8 @@ def _explanation(row: database.Row) -> Explanation:
     return Explanation(
         kept=Kept(row["fingerprint"], _session(row)) if row["fingerprint"] else None,
         has_profile=row["has_profile"],
+        closed=next((gate for gate, closed in zip(session.Gate, row["closed"], strict=True) if closed), None)
+        if row["has_profile"]
+        else None,
         active=(row["active_id"], row["active_expires_at"]) if row["active_id"] else None,
     )

@@ -64,12 +64,12 @@ sa.Index(
     unique=True,
     postgresql_where=sessions.c.ended_at.is_(None),
 )
-# What is due, soonest first.
+# What is due, soonest first. The second half of its condition is always true, and keeps plans from other uses of it.
 sa.Index(
     "after_hours_sessions_due",
     sessions.c.expires_at,
     sessions.c.id,
-    postgresql_where=sessions.c.ended_at.is_(None),
+    postgresql_where=sessions.c.ended_at.is_(None) & (sessions.c.expires_at > sa.text("'-infinity'")),
 )
 # A user's history, newest first; its first row has the cell that the user was last shown in.
 sa.Index(
@@ -77,6 +77,14 @@ sa.Index(
     sessions.c.user_id,
     sessions.c.started_at.desc(),
     sessions.c.id.desc(),
+)
+
+# What retention looks for: sessions to be removed, and exact locations to be erased, the oldest first.
+sa.Index("after_hours_sessions_ended", sessions.c.ended_at, postgresql_where=sessions.c.ended_at.is_not(None))
+sa.Index(
+    "after_hours_sessions_exact",
+    sessions.c.ended_at,
+    postgresql_where=sessions.c.ended_at.is_not(None) & sessions.c.latitude.is_not(None),
 )
 
 # The answer of each applied call with a request_id: the session's columns that never change, and these as they were.
@@ -102,3 +110,47 @@ requests = sa.Table(
 sa.Index("after_hours_requests_answered", requests.c.answered_at)
 # What goes with a session when it is removed.
 sa.Index("after_hours_requests_by_session", requests.c.session_id)
+
+# Who asked for an exact location, and for what; `disclosed`: whether there was one to tell. No foreign
+# key: it outlives the session.
+exact_reads = sa.Table(
+    "after_hours_exact_reads",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("caller", sa.Text, nullable=False),
+    sa.Column("session_id", sa.Uuid, nullable=False),
+    sa.Column("purpose", sa.Text, nullable=False),
+    sa.Column("read_at", sa.TIMESTAMP(timezone=True), nullable=False),
+    sa.Column("disclosed", sa.Boolean, nullable=False),
+)
+sa.Index("after_hours_exact_reads_by_session", exact_reads.c.session_id)
+
+# What was erased and exported, for data-protection requests. The user by the SHA-256 of their id: a tombstone that
+# tells who knows an id that it was erased.
+data_requests = sa.Table(
+    "after_hours_data_requests",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("user_digest", postgresql.BYTEA, nullable=False),
+    sa.Column("reference", sa.Text, nullable=False),
+    sa.Column("requested_at", sa.TIMESTAMP(timezone=True), nullable=False),
+    sa.CheckConstraint("kind IN ('ERASE', 'EXPORT')", name="after_hours_data_requests_kind"),
+)
+sa.Index("after_hours_data_requests_by_user", data_requests.c.user_digest)
+
+# What is recorded stays recorded, whoever holds the service's own password.
+_APPEND_ONLY = """
+    CREATE FUNCTION after_hours_append_only() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        RAISE EXCEPTION '%% is append-only', TG_TABLE_NAME USING ERRCODE = 'insufficient_privilege';
+    END
+    $$
+"""
+_TRIGGER = """
+    CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %(table)s
+    FOR EACH STATEMENT EXECUTE FUNCTION after_hours_append_only()
+"""
+sa.event.listen(metadata, "before_create", sa.DDL(_APPEND_ONLY))  # type: ignore[no-untyped-call]
+sa.event.listen(exact_reads, "after_create", sa.DDL(_TRIGGER))  # type: ignore[no-untyped-call]
+sa.event.listen(data_requests, "after_create", sa.DDL(_TRIGGER))  # type: ignore[no-untyped-call]

@@ -22,6 +22,12 @@ SESSION = """s.id, s.user_id, s.started_at, s.expires_at, s.ended_at, s.end_reas
 # The database's clock is the only one; tests move it by this parameter.
 NOW = "clock_timestamp() + CAST(:clock_offset AS interval)"
 
+# A plan that is made while a partial index has one page may walk through it, filtering, and does so still when it has
+# thousands. So each condition fits the index that it is meant for and no other: by user `ended_at IS NULL`, by due time
+# this one, whose second half is always true, and by id one that no index has.
+BY_DUE = "ended_at IS NULL AND expires_at > '-infinity'"
+OPEN = "num_nulls(s.ended_at) = 1"
+
 # Reading the count of the locked rows makes the clock wait until the last lock is held.
 _CLOCK = f"""
     clock AS MATERIALIZED (
@@ -73,6 +79,30 @@ _KEPT = """
         WHERE fresh.request_id IS NOT NULL
     )"""
 
+# The calls whose users have a profile, which is locked against its removal and against what closes a gate.
+_ELIGIBLE = """
+    eligible AS MATERIALIZED (
+        SELECT fresh.*, profile.*
+        FROM fresh CROSS JOIN LATERAL (
+            SELECT premium_expires_at, identity_verified, location_consent
+            FROM after_hours_profiles AS p WHERE p.user_id = fresh.user_id LIMIT 1 FOR SHARE
+        ) AS profile
+    )"""
+
+
+def closed(profile: str) -> tuple[str, str, str]:
+    """Give the conditions under which each gate is closed for a profile, in the order of `session.Gate`."""
+    return (
+        f"(CAST(:premium AS boolean) AND ({profile}.premium_expires_at > clock.at) IS NOT TRUE)",
+        f"(CAST(:verified AS boolean) AND NOT {profile}.identity_verified)",
+        f"(CAST(:consent AS boolean) AND NOT {profile}.location_consent)",
+    )
+
+
+def _open(profile: str) -> str:
+    return " AND ".join(f"NOT {each}" for each in closed(profile))
+
+
 # START: the profile is locked against its removal; an overdue session is closed by the start that would trip on it; the
 # last place shown is shown again if it is among the candidates.
 START = database.Statement(f"""
@@ -83,17 +113,13 @@ WITH {
                 CAST(:durations AS interval[]), CAST(:latitudes AS float8[]), CAST(:longitudes AS float8[])''',
     )
 },
-    eligible AS MATERIALIZED (
-        SELECT fresh.* FROM fresh CROSS JOIN LATERAL (
-            SELECT true FROM after_hours_profiles AS p WHERE p.user_id = fresh.user_id LIMIT 1 FOR SHARE
-        ) AS profile
-    ),
+{_ELIGIBLE},
     {_LOCKED_BY_USER.format(asked="eligible")},
     {_CLOCK},
     closed AS (
         UPDATE after_hours_sessions AS s SET ended_at = s.expires_at, end_reason = 'EXPIRED'
         FROM clock
-        WHERE s.id = ANY(ARRAY(SELECT id FROM locked)) AND s.ended_at IS NULL AND s.expires_at <= clock.at
+        WHERE s.id = ANY(ARRAY(SELECT id FROM locked)) AND {OPEN} AND s.expires_at <= clock.at
         RETURNING s.id
     ),
     candidate AS MATERIALIZED (
@@ -120,7 +146,7 @@ WITH {
                 candidate.rank
             LIMIT 1
         ) AS place
-        WHERE clock.waited < eligible.time_left
+        WHERE clock.waited < eligible.time_left AND {_open("eligible")}
         ON CONFLICT (user_id) WHERE ended_at IS NULL DO NOTHING
         RETURNING {SESSION}
     ),
@@ -129,22 +155,29 @@ SELECT fresh.ordinal, s.*, clock.at AS as_of
 FROM opened AS s JOIN fresh USING (user_id) CROSS JOIN clock
 """)
 
+
 # EXTEND: `expires_at` moves from where it is, so that k extensions add k times.
-EXTEND = database.Statement(f"""
-WITH {_fresh(", additional", ", CAST(:additionals AS interval[])")},
-    {_LOCKED_BY_USER.format(asked="fresh")},
+def _extend(eligible: str, asked: str, allowed: str) -> database.Statement:
+    return database.Statement(f"""
+WITH {_fresh(", additional", ", CAST(:additionals AS interval[])")},{eligible}
+    {_LOCKED_BY_USER.format(asked=asked)},
     {_CLOCK},
     extended AS (
         UPDATE after_hours_sessions AS s SET expires_at = s.expires_at + locked.additional
         FROM locked, clock
         WHERE s.id = ANY({_IN_TIME}) AND s.id = locked.id
-            AND s.ended_at IS NULL AND s.expires_at > clock.at
+            AND {OPEN} AND s.expires_at > clock.at AND {allowed}
         RETURNING {SESSION}
     ),
     {_KEPT.format(changed="extended")}
 SELECT fresh.ordinal, s.*, clock.at AS as_of
 FROM extended AS s JOIN fresh USING (user_id) CROSS JOIN clock
 """)
+
+
+EXTEND = _extend("", "fresh", "true")
+# Where there are gates; without them the profile is no concern of an extension.
+EXTEND_GATED = _extend(f"{_ELIGIBLE},", "eligible", _open("locked"))
 
 
 # Every end of a session is this one: an overdue session is closed as EXPIRED at its expires_at whoever asks, another
@@ -157,7 +190,7 @@ def _ended(ids: str = "ARRAY(SELECT id FROM locked)") -> str:
         SET ended_at = GREATEST(s.started_at, LEAST(clock.at, s.expires_at)),
             end_reason = CASE WHEN s.expires_at <= clock.at THEN 'EXPIRED' ELSE CAST(:reason AS text) END
         FROM clock
-        WHERE s.id = ANY({ids}) AND s.ended_at IS NULL
+        WHERE s.id = ANY({ids}) AND {OPEN}
             AND (s.expires_at <= clock.at OR CAST(:reason AS text) IS NOT NULL)
         RETURNING {SESSION}
     )"""
@@ -184,8 +217,8 @@ SELECT s.id FROM ended AS s
 # For timers that fired. A row that another statement holds is passed over: its timer fires again.
 EXPIRE = database.Statement(f"""
 WITH locked AS MATERIALIZED (
-        SELECT id, expires_at FROM after_hours_sessions
-        WHERE id = ANY(CAST(:ids AS uuid[])) AND ended_at IS NULL
+        SELECT id, expires_at FROM after_hours_sessions AS s
+        WHERE id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
         FOR UPDATE SKIP LOCKED
     ),
     {_ended()}
@@ -196,7 +229,7 @@ FROM unnest(CAST(:ids AS uuid[])) AS asked(id)
 LEFT JOIN ended ON ended.id = asked.id
 LEFT JOIN locked ON locked.id = asked.id
 LEFT JOIN LATERAL (
-    SELECT id FROM after_hours_sessions WHERE id = asked.id AND ended_at IS NULL LIMIT 1
+    SELECT id FROM after_hours_sessions AS s WHERE id = asked.id AND {OPEN} LIMIT 1
 ) AS open ON true
 """)
 
@@ -204,7 +237,7 @@ LEFT JOIN LATERAL (
 EXPIRE_OVERDUE = database.Statement(f"""
 WITH locked AS MATERIALIZED (
         SELECT id FROM after_hours_sessions
-        WHERE ended_at IS NULL AND expires_at <= (SELECT {NOW})
+        WHERE {BY_DUE} AND expires_at <= (SELECT {NOW})
         ORDER BY expires_at, id
         LIMIT :most FOR UPDATE SKIP LOCKED
     ),

@@ -30,7 +30,9 @@ class ProfileServiceStub:
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -65,7 +67,9 @@ class ProfileServiceServicer:
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -73,14 +77,17 @@ class ProfileServiceServicer:
     """
 
     def PutProfile(self, request, context):
-        """Creates the profile, or replaces the whole of it. Repeating it changes nothing.
+        """Creates the profile, or replaces the whole of it. Repeating it changes nothing. Needs the scope `profiles:write`.
+
+        Where the operator asks for premium, verification or consent, a put that withdraws it ends an active session with
+        END_REASON_INELIGIBLE, both or neither. A premium time that merely passes ends nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetProfile(self, request, context):
-        """Tells a user's profile.
+        """Tells a user's profile: the caller's own, or with `profiles:write` or `sessions:any` anybody's.
 
         - NOT_FOUND / PROFILE_NOT_FOUND: there is none.
         """
@@ -89,7 +96,8 @@ class ProfileServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteProfile(self, request, context):
-        """Deletes a user's profile and ends an active session with END_REASON_PROFILE_REMOVED, both or neither.
+        """Deletes a user's profile and ends an active session with END_REASON_PROFILE_REMOVED, both or neither. Needs
+        the scope `profiles:write`.
 
         - NOT_FOUND / PROFILE_NOT_FOUND: there is none.
         """
@@ -128,7 +136,9 @@ class ProfileService:
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.

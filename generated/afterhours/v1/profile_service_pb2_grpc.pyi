@@ -31,7 +31,9 @@ class ProfileServiceStub:
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -43,14 +45,19 @@ class ProfileServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ProfileServiceAsyncStub: ...
     PutProfile: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.PutProfileRequest, _profile_service_pb2.PutProfileResponse]
-    """Creates the profile, or replaces the whole of it. Repeating it changes nothing."""
+    """Creates the profile, or replaces the whole of it. Repeating it changes nothing. Needs the scope `profiles:write`.
+
+    Where the operator asks for premium, verification or consent, a put that withdraws it ends an active session with
+    END_REASON_INELIGIBLE, both or neither. A premium time that merely passes ends nothing.
+    """
     GetProfile: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.GetProfileRequest, _profile_service_pb2.GetProfileResponse]
-    """Tells a user's profile.
+    """Tells a user's profile: the caller's own, or with `profiles:write` or `sessions:any` anybody's.
 
     - NOT_FOUND / PROFILE_NOT_FOUND: there is none.
     """
     DeleteProfile: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.DeleteProfileRequest, _profile_service_pb2.DeleteProfileResponse]
-    """Deletes a user's profile and ends an active session with END_REASON_PROFILE_REMOVED, both or neither.
+    """Deletes a user's profile and ends an active session with END_REASON_PROFILE_REMOVED, both or neither. Needs
+    the scope `profiles:write`.
 
     - NOT_FOUND / PROFILE_NOT_FOUND: there is none.
     """
@@ -61,7 +68,9 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -70,14 +79,19 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutProfile: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.PutProfileRequest, _profile_service_pb2.PutProfileResponse]  # type: ignore[assignment]
-    """Creates the profile, or replaces the whole of it. Repeating it changes nothing."""
+    """Creates the profile, or replaces the whole of it. Repeating it changes nothing. Needs the scope `profiles:write`.
+
+    Where the operator asks for premium, verification or consent, a put that withdraws it ends an active session with
+    END_REASON_INELIGIBLE, both or neither. A premium time that merely passes ends nothing.
+    """
     GetProfile: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.GetProfileRequest, _profile_service_pb2.GetProfileResponse]  # type: ignore[assignment]
-    """Tells a user's profile.
+    """Tells a user's profile: the caller's own, or with `profiles:write` or `sessions:any` anybody's.
 
     - NOT_FOUND / PROFILE_NOT_FOUND: there is none.
     """
     DeleteProfile: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.DeleteProfileRequest, _profile_service_pb2.DeleteProfileResponse]  # type: ignore[assignment]
-    """Deletes a user's profile and ends an active session with END_REASON_PROFILE_REMOVED, both or neither.
+    """Deletes a user's profile and ends an active session with END_REASON_PROFILE_REMOVED, both or neither. Needs
+    the scope `profiles:write`.
 
     - NOT_FOUND / PROFILE_NOT_FOUND: there is none.
     """
@@ -87,7 +101,9 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -100,7 +116,11 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_service_pb2.PutProfileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profile_service_pb2.PutProfileResponse, _abc.Awaitable[_profile_service_pb2.PutProfileResponse]]:
-        """Creates the profile, or replaces the whole of it. Repeating it changes nothing."""
+        """Creates the profile, or replaces the whole of it. Repeating it changes nothing. Needs the scope `profiles:write`.
+
+        Where the operator asks for premium, verification or consent, a put that withdraws it ends an active session with
+        END_REASON_INELIGIBLE, both or neither. A premium time that merely passes ends nothing.
+        """
 
     @_abc_1.abstractmethod
     def GetProfile(
@@ -108,7 +128,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_service_pb2.GetProfileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profile_service_pb2.GetProfileResponse, _abc.Awaitable[_profile_service_pb2.GetProfileResponse]]:
-        """Tells a user's profile.
+        """Tells a user's profile: the caller's own, or with `profiles:write` or `sessions:any` anybody's.
 
         - NOT_FOUND / PROFILE_NOT_FOUND: there is none.
         """
@@ -119,7 +139,8 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_service_pb2.DeleteProfileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profile_service_pb2.DeleteProfileResponse, _abc.Awaitable[_profile_service_pb2.DeleteProfileResponse]]:
-        """Deletes a user's profile and ends an active session with END_REASON_PROFILE_REMOVED, both or neither.
+        """Deletes a user's profile and ends an active session with END_REASON_PROFILE_REMOVED, both or neither. Needs
+        the scope `profiles:write`.
 
         - NOT_FOUND / PROFILE_NOT_FOUND: there is none.
         """

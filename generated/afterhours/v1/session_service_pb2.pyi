@@ -70,3 +70,17 @@ class GetSessionResponse(_message.Message):
     active: bool
     session: _session_pb2.Session
     def __init__(self, active: _Optional[bool] = ..., session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ...) -> None: ...
+
+class GetExactLocationRequest(_message.Message):
+    __slots__ = ("session_id", "purpose")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    purpose: str
+    def __init__(self, session_id: _Optional[str] = ..., purpose: _Optional[str] = ...) -> None: ...
+
+class GetExactLocationResponse(_message.Message):
+    __slots__ = ("location",)
+    LOCATION_FIELD_NUMBER: _ClassVar[int]
+    location: _session_pb2.Location
+    def __init__(self, location: _Optional[_Union[_session_pb2.Location, _Mapping]] = ...) -> None: ...

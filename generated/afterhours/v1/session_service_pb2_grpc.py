@@ -30,7 +30,9 @@ class SessionServiceStub:
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -39,6 +41,9 @@ class SessionServiceStub:
     A `request_id` makes a retry safe: within 24 hours of a call that was applied, the same caller, method, id and
     body give its answer again, byte for byte, from any server; another body is INVALID_ARGUMENT / REQUEST_ID_REUSED. A
     duplicate that arrives while the first is in flight waits for its answer. A call that was refused is not kept.
+
+    A token's `sub` is the caller's user id. Without a scope it opens what is the caller's own, and an empty `user_id`
+    means that; `sessions:any` opens every user's, who must then be named.
     """
 
     def __init__(self, channel):
@@ -67,6 +72,11 @@ class SessionServiceStub:
                 request_serializer=afterhours_dot_v1_dot_session__service__pb2.GetSessionRequest.SerializeToString,
                 response_deserializer=afterhours_dot_v1_dot_session__service__pb2.GetSessionResponse.FromString,
                 _registered_method=True)
+        self.GetExactLocation = channel.unary_unary(
+                '/afterhours.v1.SessionService/GetExactLocation',
+                request_serializer=afterhours_dot_v1_dot_session__service__pb2.GetExactLocationRequest.SerializeToString,
+                response_deserializer=afterhours_dot_v1_dot_session__service__pb2.GetExactLocationResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
@@ -74,7 +84,9 @@ class SessionServiceServicer:
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -83,12 +95,18 @@ class SessionServiceServicer:
     A `request_id` makes a retry safe: within 24 hours of a call that was applied, the same caller, method, id and
     body give its answer again, byte for byte, from any server; another body is INVALID_ARGUMENT / REQUEST_ID_REUSED. A
     duplicate that arrives while the first is in flight waits for its answer. A call that was refused is not kept.
+
+    A token's `sub` is the caller's user id. Without a scope it opens what is the caller's own, and an empty `user_id`
+    means that; `sessions:any` opens every user's, who must then be named.
     """
 
     def StartSession(self, request, context):
         """Opens the user's one active session.
 
+        - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
         - FAILED_PRECONDITION / PROFILE_REQUIRED: the user has no profile.
+        - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED: a gate of the operator's is closed;
+        the first in this order is told.
         - ALREADY_EXISTS / SESSION_ALREADY_ACTIVE: the user has one; metadata `session_id`, `expire_time`.
         - INVALID_ARGUMENT / REQUEST_ID_REUSED
         """
@@ -97,7 +115,8 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EndSession(self, request, context):
-        """Ends the user's active session now, with END_REASON_USER.
+        """Ends the user's active session now, with END_REASON_USER. Whatever gates and limits there are, it is never refused
+        for them.
 
         - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one.
         - INVALID_ARGUMENT / REQUEST_ID_REUSED
@@ -110,6 +129,8 @@ class SessionServiceServicer:
         """Moves the end of the user's active session: the new `expire_time` is exactly the old one + the additional
         duration. As often as wanted; k extensions that returned OK add exactly k times their durations.
 
+        - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
+        - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED, as for StartSession.
         - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one; an extension revives none.
         - INVALID_ARGUMENT / REQUEST_ID_REUSED
         """
@@ -119,6 +140,17 @@ class SessionServiceServicer:
 
     def GetSession(self, request, context):
         """Tells the user's active session. None is no error: `active` is false then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetExactLocation(self, request, context):
+        """Tells where a session was started, exactly. Needs the scope `sessions:exact`. Every call is recorded, for good: who
+        asked, for which session, for what purpose, when.
+
+        - NOT_FOUND / SESSION_NOT_FOUND: it never was, or was removed after its retention.
+        - FAILED_PRECONDITION / LOCATION_ERASED: exact locations are erased some time after a session's end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,6 +179,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=afterhours_dot_v1_dot_session__service__pb2.GetSessionRequest.FromString,
                     response_serializer=afterhours_dot_v1_dot_session__service__pb2.GetSessionResponse.SerializeToString,
             ),
+            'GetExactLocation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExactLocation,
+                    request_deserializer=afterhours_dot_v1_dot_session__service__pb2.GetExactLocationRequest.FromString,
+                    response_serializer=afterhours_dot_v1_dot_session__service__pb2.GetExactLocationResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'afterhours.v1.SessionService', rpc_method_handlers)
@@ -160,7 +197,9 @@ class SessionService:
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -169,6 +208,9 @@ class SessionService:
     A `request_id` makes a retry safe: within 24 hours of a call that was applied, the same caller, method, id and
     body give its answer again, byte for byte, from any server; another body is INVALID_ARGUMENT / REQUEST_ID_REUSED. A
     duplicate that arrives while the first is in flight waits for its answer. A call that was refused is not kept.
+
+    A token's `sub` is the caller's user id. Without a scope it opens what is the caller's own, and an empty `user_id`
+    means that; `sessions:any` opens every user's, who must then be named.
     """
 
     @staticmethod
@@ -269,6 +311,33 @@ class SessionService:
             '/afterhours.v1.SessionService/GetSession',
             afterhours_dot_v1_dot_session__service__pb2.GetSessionRequest.SerializeToString,
             afterhours_dot_v1_dot_session__service__pb2.GetSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExactLocation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afterhours.v1.SessionService/GetExactLocation',
+            afterhours_dot_v1_dot_session__service__pb2.GetExactLocationRequest.SerializeToString,
+            afterhours_dot_v1_dot_session__service__pb2.GetExactLocationResponse.FromString,
             options,
             channel_credentials,
             insecure,

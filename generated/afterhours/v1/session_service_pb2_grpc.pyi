@@ -31,7 +31,9 @@ class SessionServiceStub:
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -40,6 +42,9 @@ class SessionServiceStub:
     A `request_id` makes a retry safe: within 24 hours of a call that was applied, the same caller, method, id and
     body give its answer again, byte for byte, from any server; another body is INVALID_ARGUMENT / REQUEST_ID_REUSED. A
     duplicate that arrives while the first is in flight waits for its answer. A call that was refused is not kept.
+
+    A token's `sub` is the caller's user id. Without a scope it opens what is the caller's own, and an empty `user_id`
+    means that; `sessions:any` opens every user's, who must then be named.
     """
 
     @_typing.overload
@@ -49,12 +54,16 @@ class SessionServiceStub:
     StartSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.StartSessionRequest, _session_service_pb2.StartSessionResponse]
     """Opens the user's one active session.
 
+    - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
     - FAILED_PRECONDITION / PROFILE_REQUIRED: the user has no profile.
+    - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED: a gate of the operator's is closed;
+      the first in this order is told.
     - ALREADY_EXISTS / SESSION_ALREADY_ACTIVE: the user has one; metadata `session_id`, `expire_time`.
     - INVALID_ARGUMENT / REQUEST_ID_REUSED
     """
     EndSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.EndSessionRequest, _session_service_pb2.EndSessionResponse]
-    """Ends the user's active session now, with END_REASON_USER.
+    """Ends the user's active session now, with END_REASON_USER. Whatever gates and limits there are, it is never refused
+    for them.
 
     - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one.
     - INVALID_ARGUMENT / REQUEST_ID_REUSED
@@ -63,11 +72,20 @@ class SessionServiceStub:
     """Moves the end of the user's active session: the new `expire_time` is exactly the old one + the additional
     duration. As often as wanted; k extensions that returned OK add exactly k times their durations.
 
+    - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
+    - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED, as for StartSession.
     - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one; an extension revives none.
     - INVALID_ARGUMENT / REQUEST_ID_REUSED
     """
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]
     """Tells the user's active session. None is no error: `active` is false then."""
+    GetExactLocation: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetExactLocationRequest, _session_service_pb2.GetExactLocationResponse]
+    """Tells where a session was started, exactly. Needs the scope `sessions:exact`. Every call is recorded, for good: who
+    asked, for which session, for what purpose, when.
+
+    - NOT_FOUND / SESSION_NOT_FOUND: it never was, or was removed after its retention.
+    - FAILED_PRECONDITION / LOCATION_ERASED: exact locations are erased some time after a session's end.
+    """
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -75,7 +93,9 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -84,18 +104,25 @@ class SessionServiceAsyncStub(SessionServiceStub):
     A `request_id` makes a retry safe: within 24 hours of a call that was applied, the same caller, method, id and
     body give its answer again, byte for byte, from any server; another body is INVALID_ARGUMENT / REQUEST_ID_REUSED. A
     duplicate that arrives while the first is in flight waits for its answer. A call that was refused is not kept.
+
+    A token's `sub` is the caller's user id. Without a scope it opens what is the caller's own, and an empty `user_id`
+    means that; `sessions:any` opens every user's, who must then be named.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.StartSessionRequest, _session_service_pb2.StartSessionResponse]  # type: ignore[assignment]
     """Opens the user's one active session.
 
+    - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
     - FAILED_PRECONDITION / PROFILE_REQUIRED: the user has no profile.
+    - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED: a gate of the operator's is closed;
+      the first in this order is told.
     - ALREADY_EXISTS / SESSION_ALREADY_ACTIVE: the user has one; metadata `session_id`, `expire_time`.
     - INVALID_ARGUMENT / REQUEST_ID_REUSED
     """
     EndSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.EndSessionRequest, _session_service_pb2.EndSessionResponse]  # type: ignore[assignment]
-    """Ends the user's active session now, with END_REASON_USER.
+    """Ends the user's active session now, with END_REASON_USER. Whatever gates and limits there are, it is never refused
+    for them.
 
     - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one.
     - INVALID_ARGUMENT / REQUEST_ID_REUSED
@@ -104,18 +131,29 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Moves the end of the user's active session: the new `expire_time` is exactly the old one + the additional
     duration. As often as wanted; k extensions that returned OK add exactly k times their durations.
 
+    - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
+    - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED, as for StartSession.
     - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one; an extension revives none.
     - INVALID_ARGUMENT / REQUEST_ID_REUSED
     """
     GetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Tells the user's active session. None is no error: `active` is false then."""
+    GetExactLocation: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetExactLocationRequest, _session_service_pb2.GetExactLocationResponse]  # type: ignore[assignment]
+    """Tells where a session was started, exactly. Needs the scope `sessions:exact`. Every call is recorded, for good: who
+    asked, for which session, for what purpose, when.
+
+    - NOT_FOUND / SESSION_NOT_FOUND: it never was, or was removed after its retention.
+    - FAILED_PRECONDITION / LOCATION_ERASED: exact locations are erased some time after a session's end.
+    """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Sessions: at most one active one a user, each ending by itself, on time.
 
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
+    - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
@@ -124,6 +162,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     A `request_id` makes a retry safe: within 24 hours of a call that was applied, the same caller, method, id and
     body give its answer again, byte for byte, from any server; another body is INVALID_ARGUMENT / REQUEST_ID_REUSED. A
     duplicate that arrives while the first is in flight waits for its answer. A call that was refused is not kept.
+
+    A token's `sub` is the caller's user id. Without a scope it opens what is the caller's own, and an empty `user_id`
+    means that; `sessions:any` opens every user's, who must then be named.
     """
 
     @_abc_1.abstractmethod
@@ -134,7 +175,10 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_session_service_pb2.StartSessionResponse, _abc.Awaitable[_session_service_pb2.StartSessionResponse]]:
         """Opens the user's one active session.
 
+        - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
         - FAILED_PRECONDITION / PROFILE_REQUIRED: the user has no profile.
+        - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED: a gate of the operator's is closed;
+          the first in this order is told.
         - ALREADY_EXISTS / SESSION_ALREADY_ACTIVE: the user has one; metadata `session_id`, `expire_time`.
         - INVALID_ARGUMENT / REQUEST_ID_REUSED
         """
@@ -145,7 +189,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_service_pb2.EndSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.EndSessionResponse, _abc.Awaitable[_session_service_pb2.EndSessionResponse]]:
-        """Ends the user's active session now, with END_REASON_USER.
+        """Ends the user's active session now, with END_REASON_USER. Whatever gates and limits there are, it is never refused
+        for them.
 
         - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one.
         - INVALID_ARGUMENT / REQUEST_ID_REUSED
@@ -160,6 +205,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Moves the end of the user's active session: the new `expire_time` is exactly the old one + the additional
         duration. As often as wanted; k extensions that returned OK add exactly k times their durations.
 
+        - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
+        - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED, as for StartSession.
         - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one; an extension revives none.
         - INVALID_ARGUMENT / REQUEST_ID_REUSED
         """
@@ -171,5 +218,18 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.GetSessionResponse, _abc.Awaitable[_session_service_pb2.GetSessionResponse]]:
         """Tells the user's active session. None is no error: `active` is false then."""
+
+    @_abc_1.abstractmethod
+    def GetExactLocation(
+        self,
+        request: _session_service_pb2.GetExactLocationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.GetExactLocationResponse, _abc.Awaitable[_session_service_pb2.GetExactLocationResponse]]:
+        """Tells where a session was started, exactly. Needs the scope `sessions:exact`. Every call is recorded, for good: who
+        asked, for which session, for what purpose, when.
+
+        - NOT_FOUND / SESSION_NOT_FOUND: it never was, or was removed after its retention.
+        - FAILED_PRECONDITION / LOCATION_ERASED: exact locations are erased some time after a session's end.
+        """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,112 @@
+"""TLS: the server's certificate, its clients', and who of them may call."""
+
+import collections.abc
+import pathlib
+import ssl
+import typing
+
+import grpc
+import structlog
+
+from afterhours_grpc.rpc import auth
+from afterhours_grpc.sessions import errors
+
+log = structlog.get_logger()
+
+_SAN = "x509_subject_alternative_name"
+_REFUSED = "This client certificate's subject alternative name is not on the server's list; use one that is."
+
+
+class CertificateError(Exception):
+    """A PEM file or the list of callers cannot be used; the message is one line."""
+
+
+class Encryption:
+    """TLS by PEM files: the server's certificate chain and key, and the CA whose clients alone may connect, if any.
+
+    The files are looked at for each new connection. Those that cannot be used, or not yet, leave what was there.
+    """
+
+    def __init__(self, certificate: pathlib.Path, key: pathlib.Path, client_ca: pathlib.Path | None) -> None:
+        """Read the files. Raise CertificateError."""
+        self._certificate, self._key, self._client_ca = certificate, key, client_ca
+        self._paths = [each for each in (certificate, key, client_ca) if each]
+        self._seen = self._stamps()
+        self._first = self._read()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Give what a server is built with."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._first,
+            typing.cast("typing.Any", self._changed),  # None means unchanged, which its types forgot
+            require_client_authentication=self._client_ca is not None,
+        )
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        try:
+            # Says whether the key belongs to the certificate, of which grpc would only log a page.
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self._certificate, self._key, password=_no_password)
+            if self._client_ca:
+                context.load_verify_locations(self._client_ca)
+            pair = self._key.read_bytes(), self._certificate.read_bytes()
+            return grpc.ssl_server_certificate_configuration(
+                [pair], self._client_ca.read_bytes() if self._client_ca else None
+            )
+        except (OSError, ValueError) as error:
+            names = ", ".join(str(each) for each in self._paths)
+            raise CertificateError(
+                f"{names} cannot be used for TLS ({type(error).__name__}): check the files"
+            ) from None
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Give what changed, or None. grpc calls this in threads of its own."""
+        stamps = self._stamps()
+        if stamps == self._seen:
+            return None
+        self._seen = stamps
+        try:
+            found = self._read()
+        except CertificateError as error:
+            log.error("tls_files_unusable", error=str(error))
+            return None
+        log.info("tls_files_reloaded")
+        return found
+
+    def _stamps(self) -> list[tuple[int, int, int]] | None:
+        try:
+            found = [each.stat() for each in self._paths]
+        except OSError:
+            return None
+        return [(each.st_mtime_ns, each.st_size, each.st_ino) for each in found]
+
+
+def _no_password() -> str:
+    """Say so instead of asking at the terminal for the password of an encrypted key."""
+    raise ValueError("the key is encrypted")
+
+
+class Allowed:
+    """Gives the caller of a client certificate that is on the list."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Read the list: on each line a subject alternative name, then its scopes. Raise CertificateError."""
+        try:
+            lines = [line.split() for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+        except (OSError, ValueError) as error:
+            raise CertificateError(
+                f"{path} cannot be read ({type(error).__name__}): check AFTERHOURS_MTLS_ALLOW"
+            ) from None
+        self._callers = {name: auth.Caller(name, frozenset(scopes)) for name, *scopes in filter(None, lines)}
+        unknown = {scope for each in self._callers.values() for scope in each.scopes} - set(auth.Scope)
+        if unknown or not self._callers:
+            what = f"does not know the scope {min(unknown)}" if unknown else "has no line"
+            raise CertificateError(f"{path} {what}: write a certificate's SAN and its scopes on each line")
+
+    async def __call__(self, context: auth.Context) -> auth.Caller:
+        """Give who calls. Raise Unauthenticated."""
+        found: collections.abc.Mapping[str, collections.abc.Iterable[bytes]] = context.auth_context()
+        for name in found.get(_SAN, ()):
+            if caller := self._callers.get(name.decode(errors="replace")):
+                return caller
+        raise errors.Unauthenticated(_REFUSED)

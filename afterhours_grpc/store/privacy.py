@@ -1,0 +1,141 @@
+"""What personal data is read for, how long it is kept, and how it is erased and exported.
+
+The statements in here are the only ones that return an exact location.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+
+from afterhours_grpc import failpoints
+from afterhours_grpc.sessions import errors, location, session
+from afterhours_grpc.store import database, queries, transitions
+
+# Recorded by the statement that reads, whatever it finds.
+_READ_EXACT = database.Statement(f"""
+WITH found AS MATERIALIZED (
+        SELECT latitude, longitude FROM after_hours_sessions WHERE id = CAST(:id AS uuid)
+    ),
+    recorded AS (
+        INSERT INTO after_hours_exact_reads (caller, session_id, purpose, read_at, disclosed)
+        SELECT :caller, CAST(:id AS uuid), :purpose, {transitions.NOW},
+            EXISTS (SELECT FROM found WHERE latitude IS NOT NULL)
+    )
+SELECT latitude, longitude FROM found
+""")
+
+# The longest ended first; rows that others hold are left to the next sweep.
+_PAST = f"""
+    SELECT id FROM after_hours_sessions
+    WHERE ended_at <= (SELECT {transitions.NOW}) - CAST(:retention AS interval) {{further}}
+    ORDER BY ended_at LIMIT :most FOR UPDATE SKIP LOCKED"""
+
+_ERASE_EXACT = database.Statement(f"""
+UPDATE after_hours_sessions SET latitude = NULL, longitude = NULL
+WHERE id = ANY(ARRAY({_PAST.format(further="AND latitude IS NOT NULL")})) RETURNING id
+""")
+
+_REMOVE_ENDED = database.Statement(f"""
+DELETE FROM after_hours_sessions WHERE id = ANY(ARRAY({_PAST.format(further="")})) RETURNING id
+""")
+
+# Answers kept for a request_id go with their sessions; these are about other users' sessions.
+_REMOVE_ANSWERS_OF = database.Statement("""
+DELETE FROM after_hours_requests WHERE caller = :user_id RETURNING request_id
+""")
+
+_REMOVE_SESSIONS_OF = database.Statement("""
+DELETE FROM after_hours_sessions WHERE user_id = :user_id RETURNING id
+""")
+
+_RECORD = database.Statement(f"""
+INSERT INTO after_hours_data_requests (kind, user_digest, reference, requested_at)
+VALUES (:kind, :digest, :reference, {transitions.NOW})
+""")
+
+_EXPORT = database.Statement("""
+WITH s AS MATERIALIZED (SELECT * FROM after_hours_sessions WHERE user_id = :user_id)
+SELECT jsonb_pretty(jsonb_build_object(
+    'user_id', CAST(:user_id AS text),
+    'profile', (SELECT to_jsonb(p) - 'user_id' FROM after_hours_profiles AS p WHERE p.user_id = :user_id),
+    'sessions', coalesce((
+        SELECT jsonb_agg(to_jsonb(s) - 'user_id' - 'fuzz_cell' - 'fuzz_key_version' ORDER BY s.started_at, s.id) FROM s
+    ), '[]'),
+    'answers', coalesce((
+        SELECT jsonb_agg(to_jsonb(r) - 'fingerprint' ORDER BY r.answered_at, r.request_id)
+        FROM after_hours_requests AS r WHERE r.session_id IN (SELECT id FROM s)
+    ), '[]'),
+    'exact_location_reads', coalesce((
+        SELECT jsonb_agg(to_jsonb(e) - 'id' ORDER BY e.id)
+        FROM after_hours_exact_reads AS e WHERE e.session_id IN (SELECT id FROM s)
+    ), '[]'),
+    'data_requests', coalesce((
+        SELECT jsonb_agg(to_jsonb(d) - 'id' - 'user_digest' ORDER BY d.id)
+        FROM after_hours_data_requests AS d WHERE d.user_digest = :digest
+    ), '[]')
+)) AS exported
+""")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Erased:
+    """What was erased of a user: how many sessions, and whether there was a profile."""
+
+    sessions: int
+    profile: bool
+    ended: tuple[session.SessionId, ...]
+
+
+class Privacy:
+    """The personal data in `database`.
+
+    All raise `errors.StoreUnavailable`, and `database.Retry` if what they did was taken back.
+    """
+
+    def __init__(self, database: database.Database) -> None:
+        self._database = database
+
+    async def read_exact(self, call: session.ExactRead) -> location.ExactLocation:
+        """Read an exact location, and record that. Raise SessionNotFound or LocationErased."""
+        rows = await self._database.fetch(_READ_EXACT, id=call.id, caller=call.caller, purpose=call.purpose)
+        if not rows:
+            raise errors.SessionNotFound
+        [found] = rows
+        if found["latitude"] is None:
+            raise errors.LocationErased
+        return location.ExactLocation(found["latitude"], found["longitude"])
+
+    async def erase_exact(self, retention: datetime.timedelta, most: int) -> int:
+        """Erase the exact locations of at most `most` sessions that ended `retention` ago or earlier."""
+        return len(await self._database.fetch(_ERASE_EXACT, retention=retention, most=most))
+
+    async def remove_ended(self, retention: datetime.timedelta, most: int) -> int:
+        """Remove at most `most` sessions that ended `retention` ago or earlier, with the answers kept of them."""
+        return len(await self._database.fetch(_REMOVE_ENDED, retention=retention, most=most))
+
+    async def forget_requests(self, most: int) -> int:
+        """Delete at most `most` answers given more than 24 hours ago."""
+        return len(await self._database.fetch(queries.FORGET_REQUESTS, most=most))
+
+    async def erase_user(self, user_id: session.UserId, reference: str) -> Erased:
+        """End an active session as ADMIN, remove all that is stored of a user, and record that, all or nothing."""
+        async with self._database.transaction() as run:
+            # First, so that no start comes between: it needs the profile.
+            profile = await run(queries.DELETE_PROFILE, user_id=user_id)
+            ended = await run(transitions.END_OF_USERS, user_ids=[user_id], reason=session.EndReason.ADMIN.value)
+            await run(_REMOVE_ANSWERS_OF, user_id=user_id)
+            removed = await run(_REMOVE_SESSIONS_OF, user_id=user_id)
+            await run(_RECORD, kind="ERASE", digest=_digest(user_id), reference=reference)
+            failpoints.reach(failpoints.Point.ERASED)
+        return Erased(len(removed), bool(profile), tuple(row["id"] for row in ended))
+
+    async def export_user(self, user_id: session.UserId, reference: str) -> str:
+        """Give all that is stored of a user as JSON, exact locations included, and record that."""
+        async with self._database.transaction() as run:
+            await run(_RECORD, kind="EXPORT", digest=_digest(user_id), reference=reference)
+            [row] = await run(_EXPORT, user_id=user_id, digest=_digest(user_id))
+        return str(row["exported"])
+
+
+def _digest(user_id: session.UserId) -> bytes:
+    return hashlib.sha256(user_id.encode()).digest()

@@ -1,0 +1,195 @@
+"""Tokens of a key set: by file and over https, while keys come and go, and while the endpoint is away."""
+
+import asyncio
+import collections.abc
+import contextlib
+import http.server
+import pathlib
+import ssl
+import threading
+import typing
+
+import keys
+import pytest
+import replicas
+
+KEYS: dict[str, tuple[str, typing.Any]] = {
+    f"{algorithm} key": (algorithm, make()) for algorithm, make in keys.ALGORITHMS.items()
+}
+
+
+def signed(key_id: str, **more: typing.Any) -> str:
+    """Sign a token with a key of the set."""
+    algorithm, key = KEYS[key_id]
+    return keys.token(key=key, algorithm=algorithm, headers={"kid": key_id}, **more)
+
+
+async def accepted(address: str, token: str) -> bool:
+    """Whether a call with this token is answered; a refusal is UNAUTHENTICATED."""
+    async with replicas.Client(address, token) as client:
+        told = await replicas.outcome(client.get(""))
+    assert not isinstance(told, replicas.Refusal) or told.reason == "UNAUTHENTICATED"
+    return not isinstance(told, replicas.Refusal)
+
+
+def by_file(file: pathlib.Path) -> dict[str, str]:
+    """Give the settings of a server with a key set in a file."""
+    return {"AFTERHOURS_AUTH": "jwt", "AFTERHOURS_JWKS_URL": file.as_uri()}
+
+
+async def test_every_algorithm(engines: replicas.Engines, tmp_path: pathlib.Path) -> None:
+    """RS256, ES256 and EdDSA are accepted, each with its own key only; a token that names no key is not."""
+    file = tmp_path / "jwks.json"
+    file.write_text(keys.key_set(KEYS))
+    async with replicas.replica(engines, **by_file(file)) as (service, _):
+        for name, (algorithm, key) in KEYS.items():
+            assert await accepted(service.address, signed(name)), name
+            stranger = keys.ALGORITHMS[algorithm]()
+            assert not await accepted(
+                service.address, keys.token(key=stranger, algorithm=algorithm, headers={"kid": name})
+            )
+            assert not await accepted(service.address, keys.token(key=key, algorithm=algorithm))
+        assert not await accepted(service.address, keys.token(headers={"kid": "RS256 key"}))
+        assert not await accepted(service.address, signed("RS256 key", lifetime=-60))
+
+
+async def test_a_set_of_one_key_needs_no_key_id(engines: replicas.Engines, tmp_path: pathlib.Path) -> None:
+    """Where there is one key, a token need not name it."""
+    file = tmp_path / "jwks.json"
+    file.write_text(keys.key_set({"only": KEYS["ES256 key"]}))
+    async with replicas.replica(engines, **by_file(file)) as (service, _):
+        assert await accepted(service.address, keys.token(key=KEYS["ES256 key"][1], algorithm="ES256"))
+
+
+async def test_a_symmetric_key_in_a_set_is_no_key(engines: replicas.Engines, tmp_path: pathlib.Path) -> None:
+    """A key set is of public keys: one with a secret alone is refused at the start, as is no file, and no JSON."""
+    bad = {
+        "oct": '{"keys": [{"kty": "oct", "kid": "one", "alg": "HS256", "k": "%s"}]}' % (44 * "k"),
+        "empty": '{"keys": []}',
+        "text": "no JSON",
+        "list": "[]",
+    }
+    for name, text in bad.items():
+        (tmp_path / name).write_text(text)
+    for name in (*bad, "nowhere"):
+        line = await replicas.refusal_to_start(engines.environment(**by_file(tmp_path / name)))
+        assert "AFTERHOURS_JWKS_URL" in line, name
+
+
+class Endpoint:
+    """A key set over https, which counts its visitors."""
+
+    def __init__(self, authority: keys.Authority) -> None:
+        endpoint = self
+        self.text, self.status, self.visits = "", 200, 0
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                endpoint.visits += 1
+                self.send_response(endpoint.status)
+                self.send_header("Location", "http://127.0.0.1:1/")
+                self.end_headers()
+                self.wfile.write(endpoint.text.encode())
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*authority.server("endpoint"))
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"https://127.0.0.1:{self._server.server_port}/jwks.json"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def authority(tmp_path: pathlib.Path) -> keys.Authority:
+    """Give a certificate authority."""
+    return keys.Authority(tmp_path)
+
+
+@pytest.fixture
+def endpoint(authority: keys.Authority) -> collections.abc.Iterator[Endpoint]:
+    """Give a key set over https."""
+    serving = Endpoint(authority)
+    with contextlib.closing(serving):
+        yield serving
+
+
+def by_https(endpoint: Endpoint, authority: keys.Authority) -> dict[str, str]:
+    """Give the settings of a server with a key set over https; OpenSSL's own variable names whom it trusts."""
+    return {
+        "AFTERHOURS_AUTH": "jwt",
+        "AFTERHOURS_JWKS_URL": endpoint.url,
+        "SSL_CERT_FILE": str(authority.file),
+    }
+
+
+async def test_keys_come_while_it_serves(
+    engines: replicas.Engines, endpoint: Endpoint, authority: keys.Authority
+) -> None:
+    """A key that is new is found, by one look however many tokens name it; strangers cause no more than that."""
+    endpoint.text = keys.key_set({"ES256 key": KEYS["ES256 key"]})
+    async with replicas.process(engines, **by_https(endpoint, authority)) as (_, client):
+        assert await accepted(client.address, signed("ES256 key"))
+        assert endpoint.visits == 1
+        endpoint.text = keys.key_set(KEYS)
+
+        async def found() -> bool:
+            return all(await asyncio.gather(*(accepted(client.address, signed("EdDSA key")) for _ in range(5))))
+
+        # Unknown keys are looked for at most every 5 s.
+        await replicas.eventually(found, within=15)
+        assert endpoint.visits == 2
+        stranger = keys.ALGORITHMS["ES256"]()
+        unknown = [
+            keys.token(key=stranger, algorithm="ES256", headers={"kid": f"unknown {number}"}) for number in range(50)
+        ]
+        assert not any(await asyncio.gather(*(accepted(client.address, each) for each in unknown)))
+        assert endpoint.visits == 2
+
+
+async def test_the_endpoint_goes_away(engines: replicas.Engines, endpoint: Endpoint, authority: keys.Authority) -> None:
+    """While the endpoint fails, or sends elsewhere, the keys that are known go on to serve."""
+    endpoint.text = keys.key_set({"ES256 key": KEYS["ES256 key"]})
+    async with replicas.process(engines, **by_https(endpoint, authority)) as (process, client):
+        for status in (500, 302):
+            endpoint.status = status
+            visits = endpoint.visits
+
+            async def looked(before: int = visits) -> bool:
+                assert not await accepted(client.address, signed("EdDSA key"))
+                return endpoint.visits > before
+
+            await replicas.eventually(looked, within=15)
+            assert await accepted(client.address, signed("ES256 key"))
+        endpoint.close()
+        assert await accepted(client.address, signed("ES256 key", scope="fresh"))
+        assert sum("jwks_unavailable" in line for line in process.lines) == 2
+
+
+async def test_an_endpoint_that_is_away_at_the_start(
+    engines: replicas.Engines, endpoint: Endpoint, authority: keys.Authority
+) -> None:
+    """The service starts without its keys, for sessions must end, and calls are answered once it has them."""
+    endpoint.status, endpoint.text = 503, keys.key_set(KEYS)
+    async with replicas.process(engines, **by_https(endpoint, authority)) as (_, client):
+        assert await client.health() == "SERVING"
+        assert not await accepted(client.address, signed("RS256 key"))
+        endpoint.status = 200
+        await replicas.eventually(lambda: accepted(client.address, signed("RS256 key")), within=15)
+
+
+async def test_an_endpoint_that_is_not_trusted(engines: replicas.Engines, endpoint: Endpoint) -> None:
+    """A certificate of nobody's is no endpoint: its keys are not taken."""
+    endpoint.text = keys.key_set(KEYS)
+    settings = {"AFTERHOURS_AUTH": "jwt", "AFTERHOURS_JWKS_URL": endpoint.url}
+    async with replicas.process(engines, **settings) as (_, client):
+        assert not await accepted(client.address, signed("RS256 key"))
+        assert endpoint.visits == 0
