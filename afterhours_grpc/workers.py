@@ -5,6 +5,7 @@ import collections.abc
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -71,6 +72,9 @@ async def _serve(
 ) -> int:
     stopped = asyncio.create_task(stop.wait())
     status = 0
+    # Each connection is a file, and the usual soft limit of 1,024 is within reach of one client.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     async with contextlib.AsyncExitStack() as stack:
         context = app.running(config, leave=lambda: leave(status))
         starting = asyncio.create_task(stack.enter_async_context(context))

@@ -96,6 +96,9 @@ class Postgres:
             "unix_socket_directories": "",
             "timezone": "UTC",
             "log_timezone": "UTC",
+            # No row and no bound value in the log, whatever is logged: they have exact locations.
+            "log_error_verbosity": "terse",
+            "log_parameter_max_length": "0",
             "password_encryption": "scram-sha-256",
         } | self._settings
         flags = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
