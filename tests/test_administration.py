@@ -44,7 +44,7 @@ async def test_end(engines: replicas.Engines) -> None:
 
 
 async def test_export_and_erase(engines: replicas.Engines) -> None:
-    """An export has all that is stored of a user, an erasure leaves none of it; both leave a record, and others alone."""
+    """An export has all that is stored of a user, an erasure leaves none of it; both are recorded."""
     marker = session_pb2.Location(latitude=12.125, longitude=98.625)
     async with replicas.replica(engines) as (_, client):
         for user_id in ("ada", "bob"):
