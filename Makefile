@@ -109,6 +109,11 @@ lock: $(VENV)/installed ## Pin what pyproject.toml asks for; ARGS=--upgrade take
 	@printf '%s\n' editables hatchling setuptools | \
 	$(LOCK) --constraint requirements/dev.txt - --output-file requirements/build.txt
 
+# Advisories are asked over the network, so that it is no part of `check`.
+.PHONY: audit
+audit: $(VENV)/installed ## Ask PyPI for known vulnerabilities in what requirements/server.txt pins
+	$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes --requirement requirements/server.txt
+
 .PHONY: clean
 clean: ## Remove .venv and the tools' caches
 	@rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -167,6 +167,11 @@ class Settings(pydantic_settings.BaseSettings):
         "AFTERHOURS_FAIL_POINT", None, "For tests: the point at which the process kills itself."
     )
 
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches the service."""
+        return _loopback(self.listen[0])
+
     def check(self) -> None:
         """Raise SettingsError for what keeps the service from being served with these, all of it at once."""
         missing = [*self._credentials()]
@@ -181,7 +186,7 @@ class Settings(pydantic_settings.BaseSettings):
 
     def _credentials(self) -> collections.abc.Iterator[str]:
         """Say what is missing for callers to be known, and for nobody else to listen."""
-        if self.auth == "none" and not _loopback(self.listen[0]):
+        if self.auth == "none" and not self.on_loopback:
             yield "AFTERHOURS_AUTH=none is for a loopback AFTERHOURS_LISTEN only, such as 127.0.0.1:50051"
         if self.auth == "jwt" and bool(self.jwt_secret) == bool(self.jwks_url):
             yield "AFTERHOURS_AUTH=jwt needs either AFTERHOURS_JWT_SECRET or AFTERHOURS_JWKS_URL: set one of the two"
