@@ -42,7 +42,8 @@ async def test_a_redis_writer(engines: replicas.Engines, tmp_path: pathlib.Path)
         # Due at once, a day late, and gone.
         await writer.zadd("afterhours:jobs", {job(long.id): 0, job(short["ada"].id): later})
         await writer.zrem("afterhours:jobs", job(short["bob"].id))
-        members: list[str | bytes] = [pickled, job("../../etc/passwd"), job(replicas.request_id()), "session:end:ada", b"\xff\x00"]
+        forged = ["../../etc/passwd", replicas.request_id()]
+        members = [pickled, b"session:end:ada", b"\xff\x00", *(job(each).encode() for each in forged)]
         await writer.zadd("afterhours:jobs", dict.fromkeys(members, now))
         for key in ("apscheduler.jobs", "afterhours:apscheduler.jobs"):
             await writer.hset(key, "one", pickled)
