@@ -11,7 +11,7 @@ import tenacity
 import typer
 
 from afterhours_grpc import settings
-from afterhours_grpc.expiry import clock, timers
+from afterhours_grpc.expiry import clock, schedule
 from afterhours_grpc.flags import refuse, with_settings
 from afterhours_grpc.rpc import tokens
 from afterhours_grpc.sessions import errors, session
@@ -80,17 +80,17 @@ def token(
 class _Opened:
     sessions: store.Store
     personal: privacy.Privacy
-    timers: timers.Timers
+    schedule: schedule.Schedule
 
     async def end(self, user_id: session.UserId) -> session.Session | None:
         deadline = session.Deadline(time.monotonic() + _PATIENCE, of_caller=False)
         [ended] = await self.sessions.end([session.End(user_id, None, deadline)], session.EndReason.ADMIN)
-        await self.timers.drop_of([ended.id] if ended else [])
+        await self.schedule.drop_of([ended.id] if ended else [])
         return ended
 
     async def erase(self, user_id: session.UserId, reference: str) -> privacy.Erased:
         erased = await self.personal.erase_user(user_id, reference)
-        await self.timers.drop_of(erased.ended)
+        await self.schedule.drop_of(erased.ended)
         return erased
 
 
@@ -100,8 +100,8 @@ def _run(flags: dict[str, str], do: collections.abc.Callable[[_Opened], collecti
     async def run(config: settings.Settings, url: str) -> Result:
         await schema.check(url)
         opened = database.Database(url)
-        sessions = store.Store(opened, config.gates)
-        job_timers = timers.Timers(config.redis_url, sessions, clock.Clock())
+        sessions = store.Store(opened)
+        timed = schedule.Schedule(config.redis_url, sessions, clock.Clock())
         try:
             async for attempt in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception_type(database.Retry),
@@ -110,9 +110,9 @@ def _run(flags: dict[str, str], do: collections.abc.Callable[[_Opened], collecti
                 reraise=True,
             ):
                 with attempt:
-                    return await do(_Opened(sessions, privacy.Privacy(opened), job_timers))
+                    return await do(_Opened(sessions, privacy.Privacy(opened), timed))
         finally:
-            await job_timers.close()
+            await timed.close()
             await opened.close()
         raise database.Retry
 

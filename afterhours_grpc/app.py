@@ -10,11 +10,13 @@ import prometheus_client
 import structlog
 import tenacity
 
-from afterhours_grpc import background, metrics, settings, throttle
-from afterhours_grpc.expiry import clock, reconciler, timers
-from afterhours_grpc.rpc import auth, certificates, server, tokens, wire
-from afterhours_grpc.sessions import errors, location, service
-from afterhours_grpc.store import database, privacy, schema, store
+from afterhours_grpc import background, credentials, metrics, settings, throttle
+from afterhours_grpc.events import feed
+from afterhours_grpc.expiry import clock, reconciler, schedule
+from afterhours_grpc.rpc import auth, certificates, cursors, rendering, server, wire
+from afterhours_grpc.sessions import errors, listing, location, service
+from afterhours_grpc.store import database, outbox, privacy, schema, store
+from afterhours_grpc.store import lists as store_lists
 
 log = structlog.get_logger()
 
@@ -46,7 +48,7 @@ class Service:
         database: database.Database,
         store: store.Store,
         server: server.Server,
-        timers: timers.Timers,
+        schedule: schedule.Schedule,
         reconciler: reconciler.Reconciler,
         address: str,
     ) -> None:
@@ -56,7 +58,7 @@ class Service:
         self.failed = asyncio.Event()
         self._store = store
         self._server = server
-        self._timers = timers
+        self._schedule = schedule
         self._reconciler = reconciler
 
     async def watch(self) -> None:
@@ -69,7 +71,7 @@ class Service:
             # Where the whole process was stopped (SIGSTOP, a machine that slept) the scheduler has not looked either,
             # and is given until the next look.
             was_stopped = time.monotonic() - looked > 2 * _LOOK
-            if not self._timers.alive and not was_stopped:
+            if not self._schedule.alive and not was_stopped:
                 log.error("scheduler_died")
                 self.failed.set()
             try:
@@ -102,44 +104,48 @@ async def running(
     async with contextlib.AsyncExitStack() as last, contextlib.AsyncExitStack() as stack:
         db = database.Database(config.database_url)
         stack.push_async_callback(db.close)
-        session_store = store.Store(db, config.gates)
+        session_store = store.Store(db, store.Rules(config.gates, config.warning_lead))
         personal = privacy.Privacy(db)
+        events = outbox.Outbox(db)
         database_clock = clock.Clock()
-        job_timers = timers.Timers(config.redis_url, session_store, database_clock)
-        stack.push_async_callback(job_timers.close)
+        timed = schedule.Schedule(config.redis_url, session_store, database_clock)
+        stack.push_async_callback(timed.close)
         sweeper = reconciler.Reconciler(
             session_store,
             personal,
-            job_timers,
+            events,
+            timed,
             database_clock,
             config.reconcile_interval,
-            reconciler.Retention(config.exact_location_retention, config.history_retention),
+            reconciler.Retention(config.exact_location_retention, config.history_retention, config.event_retention),
         )
         tasks = background.Background()
         stack.push_async_callback(tasks.stop)
-        authenticate, encryption = await _credentials(config, tasks)
-        tasks.keep("timer writes", job_timers.write)
+        authenticate, encryption = await _known(config, tasks)
+        for each in timed.kinds:
+            tasks.keep("timer writes", each.write)
         await _ready(config.database_url, sweeper)
 
-        tasks.keep("timer fires", job_timers.fire)
+        for each in timed.kinds:
+            tasks.keep("timer fires", each.fire)
         tasks.keep("reconciler", sweeper.run)
-        job_timers.start()
-        stack.push_async_callback(asyncio.to_thread, job_timers.stop)
+        timed.start()
+        stack.push_async_callback(asyncio.to_thread, timed.stop)
+        watched = feed.Feed(events, session_store.noted, rendering.event_bytes)
+        tasks.keep("events", watched.run)
+        tasks.keep("notifications", watched.listen)
         if config.metrics_listen:
             host, port = config.metrics_listen
             stack.callback(_export(host, port + (config.worker or 0) if port else 0))
 
-        limiter = throttle.Throttle(config.redis_url, config.rate_limit) if config.rate_limit else None
-        if limiter:
-            stack.push_async_callback(limiter.close)
-        sessions = service.Sessions(session_store, personal, job_timers, location.Fuzzer(config.fuzz_key), limiter)
-        stack.push_async_callback(sessions.close)
-        profiles = service.Profiles(session_store, job_timers)
-        stack.push_async_callback(profiles.close)
+        sessions, profiles, lists = _use_cases(config, stack, db, session_store, personal, timed)
         grpc_server = server.Server(
             sessions,
             profiles,
+            lists,
+            watched,
             wire.Durations(config.durations),
+            cursors.Pages(key.secret for key in config.fuzz_key),
             authenticate,
             encryption=encryption,
             transport=config.transport,
@@ -149,7 +155,7 @@ async def running(
         last.push_async_callback(grpc_server.stop)
         address = await _listening(grpc_server, *config.listen)
         await grpc_server.serving(True)
-        built = Service(db, session_store, grpc_server, job_timers, sweeper, address)
+        built = Service(db, session_store, grpc_server, timed, sweeper, address)
         watch = tasks.keep("watch", built.watch)
         last.callback(leave)
         try:
@@ -159,6 +165,26 @@ async def running(
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(config.drain.total_seconds() * _DRAINING):
                     await grpc_server.drain(_FAREWELL)
+
+
+def _use_cases(
+    config: settings.Settings,
+    stack: contextlib.AsyncExitStack,
+    db: database.Database,
+    session_store: store.Store,
+    personal: privacy.Privacy,
+    timed: schedule.Schedule,
+) -> tuple[service.Sessions, service.Profiles, listing.Listing]:
+    limiter = throttle.Throttle(config.redis_url, config.rate_limit) if config.rate_limit else None
+    if limiter:
+        stack.push_async_callback(limiter.close)
+    fuzzer = location.Fuzzer(config.fuzz_key or ())
+    sessions = service.Sessions(session_store, personal, timed, fuzzer, limiter)
+    profiles = service.Profiles(session_store, timed)
+    lists = listing.Listing(store_lists.Lists(db))
+    for each in (sessions, profiles, lists):
+        stack.push_async_callback(each.close)
+    return sessions, profiles, lists
 
 
 async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
@@ -182,39 +208,13 @@ async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
         ) from error
 
 
-async def _credentials(
+async def _known(
     config: settings.Settings, tasks: background.Background
 ) -> tuple[auth.Authenticator, certificates.Encryption | None]:
-    """Give what tells callers, and what encrypts. Raise StartError."""
-    authenticate: auth.Authenticator = auth.anyone
     try:
-        expected = tokens.Expected(config.jwt_issuer, config.jwt_audience)
-        if config.auth == "jwt" and config.jwt_secret:
-            authenticate = tokens.Tokens(tokens.Secret(config.jwt_secret.get_secret_value()), expected)
-        elif config.auth == "jwt" and config.jwks_url:
-            authenticate = tokens.Tokens(await _key_set(config.jwks_url, tasks), expected)
-        elif config.auth == "mtls" and config.mtls_allow:
-            authenticate = certificates.Allowed(config.mtls_allow)
-        if not (config.tls_cert and config.tls_key):
-            if not config.on_loopback:
-                log.warning("credentials_in_the_clear", advice="set AFTERHOURS_TLS_CERT and AFTERHOURS_TLS_KEY")
-            return authenticate, None
-        return authenticate, certificates.Encryption(config.tls_cert, config.tls_key, config.tls_client_ca)
-    except (certificates.CertificateError, tokens.KeySetError) as error:
+        return await credentials.configured(config, tasks)
+    except credentials.CredentialsError as error:
         raise StartError(str(error)) from error
-
-
-async def _key_set(url: str, tasks: background.Background) -> tokens.KeySet:
-    """Give the keys at a URL. A file must be there; an endpoint may be away, for sessions end without it."""
-    keys = tokens.KeySet(url)
-    try:
-        await keys.refresh()
-    except tokens.KeySetError as error:
-        if url.startswith("file:"):
-            raise
-        log.error("jwks_unavailable", error=str(error))
-    tasks.keep("key set", keys.run)
-    return keys
 
 
 async def _listening(grpc_server: server.Server, host: str, port: int) -> str:

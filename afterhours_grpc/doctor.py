@@ -181,13 +181,13 @@ async def _timers(sessions: store.Store, client: redis.asyncio.Redis) -> Finding
         else:
             yield Finding("scheduler", Level.OK, told)
 
-    members = typing.cast("list[str]", await client.zrange(jobstore.KEY, 0, _SAMPLE - 1))
-    timed = [jobstore.session_id(member) for member in members]
+    members = typing.cast("list[str]", await client.zrange(jobstore.EXPIRE.key, 0, _SAMPLE - 1))
+    timed = [jobstore.EXPIRE.session_id(member) for member in members]
     active = await sessions.still_active([session.SessionId(each) for each in timed if each])
     stale = sum(each not in active for each in timed)
     due = await sessions.active_after(now, session.SessionId(uuid.UUID(int=0)), _SAMPLE)
-    soonest = [jobstore.job_id(id) for id, _ in due]
-    scores = await client.zmscore(jobstore.KEY, soonest) if soonest else []
+    soonest = [jobstore.EXPIRE.job_id(id) for id, _ in due]
+    scores = await client.zmscore(jobstore.EXPIRE.key, soonest) if soonest else []
     missing = sum(score is None for score in scores)
     told = f"of the {_SAMPLE} soonest, {missing} missing and {stale} stale"
     if missing or stale:

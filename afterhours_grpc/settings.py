@@ -17,7 +17,7 @@ from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import location, session
 
 _UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-_LENGTH = re.compile(r"(\d+)(s|m|h|d)")
+_LENGTH = re.compile(r"(\d+)(s|m|h|d)|0")
 
 
 class SettingsError(Exception):
@@ -32,7 +32,7 @@ def length(text: object) -> datetime.timedelta:
     if not found:
         raise ValueError("must be a length of time such as 2s, 15m, 1h or 30d")
     try:
-        return datetime.timedelta(**{_UNIT[found[2]]: int(found[1])})
+        return datetime.timedelta(**{_UNIT[found[2]]: int(found[1])}) if found[2] else datetime.timedelta()
     except OverflowError:
         raise ValueError("must be a length of time of at most 999999999 days") from None
 
@@ -108,6 +108,9 @@ class Settings(pydantic_settings.BaseSettings):
     durations: typing.Annotated[
         tuple[datetime.timedelta, ...], pydantic.BeforeValidator(_lengths), pydantic_settings.NoDecode
     ] = _variable("AFTERHOURS_DURATIONS", "15m,30m,60m", "Durations allowed for start and for extend.")
+    warning_lead: Length = _variable(
+        "AFTERHOURS_WARNING_LEAD", "2m", "EXPIRING is sent this long before the end; 0s turns it off."
+    )
     reconcile_interval: typing.Annotated[Length, pydantic.AfterValidator(_positive)] = _variable(
         "AFTERHOURS_RECONCILE_INTERVAL", "5s", "Time between two sweeps."
     )
@@ -141,6 +144,9 @@ class Settings(pydantic_settings.BaseSettings):
     )
     history_retention: Length = _variable(
         "AFTERHOURS_HISTORY_RETENTION", "365d", "How long after its end a session is kept."
+    )
+    event_retention: Length = _variable(
+        "AFTERHOURS_EVENT_RETENTION", "7d", "How long events are kept, and how far back a cursor may reach."
     )
     fuzz_key: typing.Annotated[
         tuple[location.FuzzKey, ...] | None,

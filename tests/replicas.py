@@ -66,13 +66,13 @@ class Engines:
         return bool(await self.rows("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
 
 
-class _Bearer(grpc.aio.UnaryUnaryClientInterceptor):
+class _Bearer:
     """Sends a token with each call."""
 
     def __init__(self, token: str) -> None:
         self._metadata = ("authorization", f"Bearer {token}")
 
-    async def intercept_unary_unary(
+    async def _call(
         self,
         continuation: collections.abc.Callable[..., typing.Any],
         client_call_details: grpc.aio.ClientCallDetails,
@@ -89,14 +89,30 @@ class _Bearer(grpc.aio.UnaryUnaryClientInterceptor):
         return await continuation(details, request)
 
 
+class _BearerOfCalls(_Bearer, grpc.aio.UnaryUnaryClientInterceptor):
+    intercept_unary_unary = _Bearer._call
+
+
+class _BearerOfStreams(_Bearer, grpc.aio.UnaryStreamClientInterceptor):
+    intercept_unary_stream = _Bearer._call
+
+
 class Client:
     """The generated stubs on a channel, with what tests ask for most."""
 
-    def __init__(self, address: str, token: str = "", credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+        further: collections.abc.Iterable[tuple[str, int]] = (),
+    ) -> None:
         self.address = address
         # No retries and no shared subchannels: each client sees its own server, as it is.
-        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
-        interceptors = [_Bearer(token)] if token else []
+        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1), *further]
+        interceptors: list[grpc.aio.ClientInterceptor] = (
+            [_BearerOfCalls(token), _BearerOfStreams(token)] if token else []
+        )
         self.channel = (
             grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
             if credentials

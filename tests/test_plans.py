@@ -8,15 +8,29 @@ import typing
 import pytest
 import replicas
 
-from afterhours_grpc.store import database, privacy, queries, transitions
+from afterhours_grpc.store import database, endings, lists, outbox, privacy, queries, transitions
 
-# By design these walk through an index from its beginning, or to a bound in it.
-WALKS = {queries.ACTIVE_AFTER, queries.OVERDUE, transitions.EXPIRE_OVERDUE}
+# Indexes that are meant for these statements, and for no other.
+OWNERS = {
+    "after_hours_sessions_due": {queries.ACTIVE_AFTER, queries.OVERDUE, endings.EXPIRE_OVERDUE},
+    "after_hours_sessions_warning": {queries.WARNED_AFTER},
+    "after_hours_sessions_by_start": {lists._ALL},
+    "after_hours_sessions_near": {lists._NEAR},
+}
+# These begin at one end of a table's index, and stop soon; or read the outbox, which is all but empty.
+FROM_AN_END = {
+    outbox._ANY,
+    outbox._PLACE,
+    outbox._OLDEST,
+    outbox._REMOVE,
+    privacy._ERASE_OUTBOX,
+    *OWNERS["after_hours_sessions_due"],
+}
 SCANS = {"Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Index Scan"}
 
 
 def _statements() -> dict[str, database.Statement]:
-    modules: tuple[types.ModuleType, ...] = (queries, transitions, privacy)
+    modules: tuple[types.ModuleType, ...] = (queries, transitions, endings, lists, outbox, privacy)
     return {
         f"{module.__name__.rpartition('.')[2]}.{name}": value
         for module in modules
@@ -33,7 +47,7 @@ def _nodes(plan: dict[str, typing.Any]) -> collections.abc.Iterator[dict[str, ty
 
 @pytest.mark.parametrize("name", _statements())
 async def test_every_row_is_found_by_a_key(engines: replicas.Engines, name: str) -> None:
-    """On an empty table, too, each scan is by a key, and none by when sessions are due but those that ask for it."""
+    """On an empty table, too, each scan is by a key, and each index is used by whom it is meant for."""
     statement = _statements()[name]
     connection = await database.connect(engines.database_url)
     try:
@@ -43,9 +57,12 @@ async def test_every_row_is_found_by_a_key(engines: replicas.Engines, name: str)
     finally:
         await connection.close()
     scans = [node for node in _nodes(json.loads(explained)[0]["Plan"]) if node["Node Type"] in SCANS]
-    walks = [
-        (node["Node Type"], node.get("Index Name"))
-        for node in scans
-        if "Index Cond" not in node or node["Index Name"] == "after_hours_sessions_due"
-    ]
-    assert bool(walks) == (statement in WALKS), walks
+    for node in scans:
+        owners = OWNERS.get(node.get("Index Name", ""))
+        assert owners is None or statement in owners, node["Index Name"]
+        assert "Index Cond" in node or statement in FROM_AN_END, (node["Node Type"], node.get("Index Name"))
+    assert all(statement not in each or _uses(scans, index) for index, each in OWNERS.items())
+
+
+def _uses(scans: list[dict[str, typing.Any]], index: str) -> bool:
+    return any(node.get("Index Name") == index for node in scans)

@@ -184,10 +184,13 @@ async def test_a_new_fuzz_key(engines: replicas.Engines) -> None:
         assert (await client.get("bob")).session.fuzzed_location == new.fuzzed_location
 
 
+_LOGGED = {"log_statement": "all", "log_error_verbosity": "terse", "fsync": "off"}
+
+
 @contextlib.asynccontextmanager
 async def _logging_all(tmp_path: pathlib.Path) -> collections.abc.AsyncIterator[postgres.Postgres]:
     """Run a Postgres that logs every statement, without what is bound to it."""
-    server = postgres.Postgres(tmp_path / "postgres", settings={"log_statement": "all", "fsync": "off"})
+    server = postgres.Postgres(tmp_path / "postgres", settings=_LOGGED)
     await asyncio.to_thread(server.__enter__)
     try:
         await schema.migrate(server.url)

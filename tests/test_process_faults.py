@@ -86,9 +86,8 @@ async def test_a_deletion_killed_in_the_middle_did_not_happen(engines: replicas.
 
 async def test_a_migration_killed_in_the_middle_did_not_happen(engines: replicas.Engines) -> None:
     """Killed in the middle of a migration, the next one does it whole."""
-    await engines.rows(
-        "DROP TABLE after_hours_requests, after_hours_sessions, after_hours_profiles, after_hours_schema"
-    )
+    await engines.rows("DROP SCHEMA public CASCADE")
+    await engines.rows("CREATE SCHEMA public")
     dying = replicas.Process(engines.environment(AFTERHOURS_FAIL_POINT="migrated"), "migrate")
     assert await (await dying.start()).wait() == -signal.SIGKILL
     assert not await engines.rows("SELECT FROM pg_tables WHERE tablename LIKE 'after_hours%'")

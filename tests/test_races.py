@@ -9,7 +9,7 @@ import time
 import pytest
 import replicas
 
-from afterhours_grpc.expiry import clock, timers
+from afterhours_grpc.expiry import clock, schedule
 from afterhours_grpc.sessions import errors, location, service, session
 from afterhours_grpc.store import batching, database, privacy, store
 
@@ -197,7 +197,7 @@ async def test_a_call_past_its_deadline_is_not_told_that_nothing_is_active(
         use_cases = service.Sessions(
             sessions_store,
             privacy.Privacy(replica.database),
-            timers.Timers(engines.redis_url, sessions_store, clock.Clock()),
+            schedule.Schedule(engines.redis_url, sessions_store, clock.Clock()),
             location.Fuzzer(location.FuzzKey.parse(replicas.FUZZ_KEY)),
             limiter=None,
         )

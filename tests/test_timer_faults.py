@@ -106,7 +106,7 @@ async def test_an_acknowledgement_after_an_extension_leaves_its_timer(engines: r
             await asyncio.gather(*(client.put_profile(user) for user in users))
             await asyncio.gather(*(client.start(user) for user in users))
             # It claims nothing for a while, so that the other, whose acknowledgements take their time, does.
-            service._timers._scheduler.pause()
+            service._schedule.ends._scheduler.pause()
             slow.delay_requests = 0.2
             await rescored(engines, 1)
 
@@ -118,7 +118,7 @@ async def test_an_acknowledgement_after_an_extension_leaves_its_timer(engines: r
             for _ in range(25):
                 assert await onlooker.timed(engines)
                 await asyncio.sleep(0.02)
-            service._timers._scheduler.resume()
+            service._schedule.ends._scheduler.resume()
             await onlooker.started(client, SESSIONS)
             await onlooker.closed_on_time(engines, SESSIONS)
 
@@ -323,9 +323,9 @@ async def test_a_shutdown_takes_no_leases(engines: replicas.Engines) -> None:
     async with replicas.replica(engines, **TIMERS_ALONE) as (service, client):
         await onlooker.started(client, 3, seconds=900)
         # No look but the last one comes between the fire and the end.
-        service._timers._scheduler.pause()
+        service._schedule.ends._scheduler.pause()
         await rescored(engines, 1)
-        await asyncio.to_thread(service._timers.stop)
+        await asyncio.to_thread(service._schedule.ends.stop)
         assert set((await onlooker.jobs(engines.redis_url)).values()) == {1}
 
 

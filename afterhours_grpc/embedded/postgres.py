@@ -96,8 +96,7 @@ class Postgres:
             "unix_socket_directories": "",
             "timezone": "UTC",
             "log_timezone": "UTC",
-            # No row and no bound value in the log, whatever is logged: they have exact locations.
-            "log_error_verbosity": "terse",
+            # No bound value in the log, whatever is logged: some are exact locations.
             "log_parameter_max_length": "0",
             "password_encryption": "scram-sha-256",
         } | self._settings

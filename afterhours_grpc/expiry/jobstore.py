@@ -30,8 +30,6 @@ from afterhours_grpc.expiry import clock
 
 log = structlog.get_logger()
 
-KEY = "afterhours:jobs"
-PREFIX = "session:expire:"
 # When each replica last looked for due jobs, for `doctor`; those of a day ago are forgotten.
 PASSES = "afterhours:passes"
 
@@ -72,18 +70,28 @@ class Claim:
     score: str
 
 
-def job_id(session_id: uuid.UUID) -> str:
-    """Give the id of the job that expires a session."""
-    return f"{PREFIX}{session_id}"
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kind:
+    """What jobs are for: the sorted set that has them, and how their ids begin."""
+
+    key: str
+    prefix: str
+
+    def job_id(self, session_id: uuid.UUID) -> str:
+        """Give the id of the job of a session."""
+        return f"{self.prefix}{session_id}"
+
+    def session_id(self, job_id: str) -> uuid.UUID | None:
+        """Give the session of a job, or None for a member that no replica of ours wrote."""
+        try:
+            found = uuid.UUID(job_id.removeprefix(self.prefix))
+        except ValueError:
+            return None
+        return found if job_id == f"{self.prefix}{found}" else None
 
 
-def session_id(job_id: str) -> uuid.UUID | None:
-    """Give the session of a job, or None for a member that no replica of ours wrote."""
-    try:
-        found = uuid.UUID(job_id.removeprefix(PREFIX))
-    except ValueError:
-        return None
-    return found if job_id == f"{PREFIX}{found}" else None
+EXPIRE = Kind("afterhours:jobs", "session:expire:")
+WARN = Kind("afterhours:warnings", "session:warn:")
 
 
 def score(at: float) -> str:
@@ -99,13 +107,14 @@ class _Repeat(triggers.BaseTrigger):  # type: ignore[misc]
 
 
 class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
-    """The jobs in `url`, due by `clock`. It never raises: a Redis that is away has no job due.
+    """The jobs of a kind in `url`, due by `clock`. It never raises: a Redis that is away has no job due.
 
     `passed` is called at each look, for a watchdog. Jobs are added by `Timers`, from the event loop.
     """
 
-    def __init__(self, url: str, clock: clock.Clock, passed: collections.abc.Callable[[], None]) -> None:
+    def __init__(self, url: str, kind: Kind, clock: clock.Clock, passed: collections.abc.Callable[[], None]) -> None:
         super().__init__()
+        self._kind = kind
         self._redis = redis.Redis.from_url(
             url,
             decode_responses=True,
@@ -152,17 +161,19 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
         at = self._clock.now()
         self._claimed = score(at + LEASE)
         try:
-            due, first = self._claim(keys=[KEY, PASSES], args=[score(at), self._claimed, room, self._replica])
-            foreign = [id for id in due if session_id(id) is None]
+            due, first = self._claim(
+                keys=[self._kind.key, PASSES], args=[score(at), self._claimed, room, self._replica]
+            )
+            foreign = [id for id in due if self._kind.session_id(id) is None]
             if foreign:
                 log.warning("foreign_jobs_dropped", count=len(foreign))
-                self._redis.zrem(KEY, *foreign)
+                self._redis.zrem(self._kind.key, *foreign)
         except redis.exceptions.RedisError as error:
             self._failed(error)
             return [], LEASE
         self._away = False
         wait = 0.0 if len(due) == room else max(0.0, min(LEASE, float(first) - at))
-        return [id for id in due if session_id(id)], wait
+        return [id for id in due if self._kind.session_id(id)], wait
 
     def _failed(self, error: redis.exceptions.RedisError) -> None:
         if not self._away:
@@ -171,7 +182,7 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
         if str(error).startswith("WRONGTYPE"):
             # Somebody else's value under our key: the timers are gone anyway, and the reconciler sets them again.
             try:
-                self._redis.delete(KEY, PASSES)
+                self._redis.delete(self._kind.key, PASSES)
             except redis.exceptions.RedisError:
                 return
 
@@ -179,7 +190,7 @@ class JobStore(jobstores.BaseJobStore):  # type: ignore[misc]
         # Not through the constructor, which would check a callable and its arguments for each of thousands.
         job = apscheduler_job.Job.__new__(apscheduler_job.Job)
         job.id = job.name = id
-        job.args = (Claim(typing.cast("uuid.UUID", session_id(id)), claimed),)
+        job.args = (Claim(typing.cast("uuid.UUID", self._kind.session_id(id)), claimed),)
         job.next_run_time = now
         job.trigger = _REPEAT
         job.executor = "default"

@@ -6,26 +6,24 @@ import dataclasses
 import datetime
 import functools
 import time
-import uuid
 
 import redis.exceptions
 import structlog
 
 from afterhours_grpc import failpoints, metrics
-from afterhours_grpc.expiry import clock, timers
-from afterhours_grpc.sessions import errors, session
-from afterhours_grpc.store import database, privacy, store
+from afterhours_grpc.expiry import clock, schedule
+from afterhours_grpc.sessions import errors
+from afterhours_grpc.store import database, outbox, privacy, store
 
 log = structlog.get_logger()
 
-# Rows of one statement: closed, read for their timers, or forgotten.
+# Rows of one statement: closed, or cleared away.
 BATCH = 1000
-_FIRST = (datetime.datetime.min.replace(tzinfo=datetime.UTC), session.SessionId(uuid.UUID(int=0)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Swept:
-    """What one run did: counts of sessions, of timers, of answers, of exact locations, and of sessions again."""
+    """What one run did: counts of sessions, timers, answers, exact locations, and of sessions and events removed."""
 
     closed: int
     armed: int = 0
@@ -33,14 +31,16 @@ class Swept:
     forgotten: int = 0
     erased: int = 0
     removed: int = 0
+    events: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Retention:
-    """For how long after a session's end its exact location is kept, and the session itself."""
+    """For how long after a session's end its exact location is kept, and the session itself; and events."""
 
     exact: datetime.timedelta
     history: datetime.timedelta
+    events: datetime.timedelta
 
 
 class Reconciler:
@@ -50,7 +50,8 @@ class Reconciler:
         self,
         store: store.Store,
         privacy: privacy.Privacy,
-        timers: timers.Timers,
+        outbox: outbox.Outbox,
+        schedule: schedule.Schedule,
         clock: clock.Clock,
         interval: datetime.timedelta,
         retention: Retention,
@@ -58,12 +59,10 @@ class Reconciler:
         self._store = store
         self._privacy = privacy
         self._retention = retention
-        self._timers = timers
+        self._outbox = outbox
+        self._schedule = schedule
         self._clock = clock
         self._interval = interval.total_seconds()
-        # Where the sweeps for missing and for stale timers go on; each run takes at least one slice of both.
-        self._armed_to = _FIRST
-        self._rank = 0
 
     async def close_overdue(self) -> int:
         """Close every overdue session, in batches, and give how many. Raise `errors.StoreUnavailable`."""
@@ -72,7 +71,7 @@ class Reconciler:
             ids = await self._store.expire_overdue(BATCH)
             closed += len(ids)
             failpoints.reach(failpoints.Point.SWEPT)
-            await self._timers.cancel(ids)
+            await self._schedule.cancel(ids)
             if len(ids) < BATCH:
                 return closed
 
@@ -85,17 +84,21 @@ class Reconciler:
         until = time.monotonic() + self._interval / 2
         await self._clock.measure(self._store)
         closed = await self.close_overdue()
-        armed = missing = dropped = 0
+        armed = dropped = 0
         try:
-            while (missing := await self._arm_slice()) and time.monotonic() < until:
-                armed += missing
-            dropped = await self._drop_slice()
+            for sweep in self._schedule.sweeps:
+                while missing := await sweep.arm_slice():
+                    armed += missing
+                    if time.monotonic() >= until:
+                        break
+                dropped += await sweep.drop_slice()
         except redis.exceptions.RedisError as error:
             log.warning("timers_unswept", error=type(error).__name__)
         forgotten = await self._clear(self._privacy.forget_requests)
         erased = await self._clear(functools.partial(self._privacy.erase_exact, self._retention.exact))
         removed = await self._clear(functools.partial(self._privacy.remove_ended, self._retention.history))
-        return Swept(closed, armed + missing, dropped, forgotten, erased, removed)
+        events = await self._clear(functools.partial(self._outbox.remove, self._retention.events))
+        return Swept(closed, armed, dropped, forgotten, erased, removed, events)
 
     async def _clear(self, some: collections.abc.Callable[[int], collections.abc.Awaitable[int]]) -> int:
         """Clear away in batches until there is nothing left, for at most a tenth of an interval; give how many."""
@@ -104,21 +107,6 @@ class Reconciler:
         while batch == BATCH and time.monotonic() < until:
             cleared += (batch := await some(BATCH))
         return cleared
-
-    async def _arm_slice(self) -> int:
-        due = await self._store.active_after(*self._armed_to, BATCH)
-        missing = await self._timers.arm(due)
-        self._armed_to = (due[-1][1], due[-1][0]) if len(due) == BATCH else _FIRST
-        return missing
-
-    async def _drop_slice(self) -> int:
-        members = await self._timers.after(self._rank, BATCH)
-        # Read after the timers: a session is committed before its timer is set, and never revives.
-        active = await self._store.still_active([session.SessionId(id) for _, id in members if id])
-        stale = [member for member, id in members if id not in active]
-        await self._timers.drop(stale)
-        self._rank = self._rank + len(members) - len(stale) if len(members) == BATCH else 0
-        return len(stale)
 
     async def run(self) -> None:
         """Run now and every interval, until cancelled. A Postgres that is away is tried again at the next."""

@@ -1,4 +1,4 @@
-"""APScheduler behind set and cancel: one expiry job for each active session, fired in process, shared by replicas."""
+"""APScheduler behind set and cancel: a job for each session to expire, or to warn of, shared by replicas."""
 
 import asyncio
 import collections
@@ -24,6 +24,9 @@ from afterhours_grpc.store import database, store
 
 log = structlog.get_logger()
 
+Handle = collections.abc.Callable[
+    [collections.abc.Sequence[session.SessionId]], collections.abc.Awaitable[list[store.Fired]]
+]
 Due = tuple[session.SessionId, datetime.datetime]
 
 # Seconds a caller waits for the write of its timer; what takes longer is written behind its back.
@@ -37,14 +40,15 @@ _BATCH = 500
 
 
 class Timers:
-    """The timers of all sessions. `set` and `cancel` never raise, and take at most 0.1 s.
+    """The timers of a kind, of all sessions. `set` and `cancel` never raise, and take at most 0.1 s.
 
-    A timer that fires only asks Postgres what is due, by `store.expire`: fired early, late, twice, or for a session
-    that was extended, it does no harm.
+    A timer that fires only asks Postgres what is due, by `handle`: fired early, late, twice, or for a session that was
+    extended, it does no harm.
     """
 
-    def __init__(self, url: str, store: store.Store, clock: clock.Clock) -> None:
-        self._store = store
+    def __init__(self, url: str, kind: jobstore.Kind, handle: Handle, clock: clock.Clock) -> None:
+        self._kind = kind
+        self._handle = handle
         self._redis = redis.asyncio.Redis.from_pool(
             redis.asyncio.BlockingConnectionPool.from_url(
                 url,
@@ -58,7 +62,7 @@ class Timers:
             )
         )
         self._settle = self._redis.register_script(jobstore.SETTLE_LUA)
-        self._unwritten: dict[uuid.UUID, datetime.datetime | None] = {}
+        self._unwritten: dict[session.SessionId, datetime.datetime | None] = {}
         self._written: list[asyncio.Future[None]] = []
         self._wanted = asyncio.Event()
         self._away = False
@@ -66,7 +70,7 @@ class Timers:
         self._fired = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.last_pass = time.monotonic()
-        self._jobs = jobstore.JobStore(url, clock, self._passed)
+        self._jobs = jobstore.JobStore(url, kind, clock, self._passed)
         self._scheduler = background.BackgroundScheduler(
             timezone=datetime.UTC,
             # After an exception in the job store, which raises none, look again as soon as ever.
@@ -97,12 +101,15 @@ class Timers:
         """Drop the timers of sessions that ended."""
         await self._write(dict.fromkeys(ids))
 
-    async def _write(self, timers: dict[uuid.UUID, datetime.datetime | None]) -> None:
-        if not timers or len(self._unwritten) >= _UNWRITTEN:
-            return
-        self._unwritten.update(timers)
-        self._wanted.set()
-        if not self._away:
+    def put(self, timers: collections.abc.Mapping[session.SessionId, datetime.datetime | None]) -> None:
+        """Time sessions, or by None drop their timers, behind the caller's back."""
+        if timers and len(self._unwritten) < _UNWRITTEN:
+            self._unwritten.update(timers)
+            self._wanted.set()
+
+    async def _write(self, timers: dict[session.SessionId, datetime.datetime | None]) -> None:
+        self.put(timers)
+        if timers and not self._away:
             written = self._loop.create_future()
             self._written.append(written)
             await asyncio.wait([written], timeout=_PATIENCE)
@@ -131,15 +138,15 @@ class Timers:
             if self._away:
                 await asyncio.sleep(_RETRY)
 
-    async def _pipeline(self, timers: dict[uuid.UUID, datetime.datetime | None]) -> None:
-        due = {jobstore.job_id(id): jobstore.score(at.timestamp()) for id, at in timers.items() if at}
-        over = [jobstore.job_id(id) for id, at in timers.items() if at is None]
+    async def _pipeline(self, timers: dict[session.SessionId, datetime.datetime | None]) -> None:
+        due = {self._kind.job_id(id): jobstore.score(at.timestamp()) for id, at in timers.items() if at}
+        over = [self._kind.job_id(id) for id, at in timers.items() if at is None]
         async with self._redis.pipeline(transaction=False) as pipeline:
             if due:
                 # Only later: of two writes that overtake each other, the one that fires early is put right.
-                pipeline.zadd(jobstore.KEY, due, gt=True)
+                pipeline.zadd(self._kind.key, due, gt=True)
             if over:
-                pipeline.zrem(jobstore.KEY, *over)
+                pipeline.zrem(self._kind.key, *over)
             await pipeline.execute()
 
     async def arm(self, due: collections.abc.Sequence[Due]) -> int:
@@ -147,23 +154,23 @@ class Timers:
 
         One that is extended meanwhile is set too early, which does no harm, and right by the next sweep.
         """
-        jobs = {jobstore.job_id(id): jobstore.score(at.timestamp()) for id, at in due}
-        return int(await self._redis.zadd(jobstore.KEY, jobs) or 0) if jobs else 0
+        jobs = {self._kind.job_id(id): jobstore.score(at.timestamp()) for id, at in due}
+        return int(await self._redis.zadd(self._kind.key, jobs) or 0) if jobs else 0
 
     async def after(self, rank: int, most: int) -> list[tuple[str, uuid.UUID | None]]:
         """Read at most `most` members from a rank on, with the session of each. Raise RedisError."""
-        members: list[str] = typing.cast("list[str]", await self._redis.zrange(jobstore.KEY, rank, rank + most - 1))
-        return [(member, jobstore.session_id(member)) for member in members]
+        members: list[str] = typing.cast("list[str]", await self._redis.zrange(self._kind.key, rank, rank + most - 1))
+        return [(member, self._kind.session_id(member)) for member in members]
 
     async def drop(self, members: collections.abc.Sequence[str]) -> None:
         """Remove members. Raise RedisError."""
         if members:
-            await self._redis.zrem(jobstore.KEY, *members)
+            await self._redis.zrem(self._kind.key, *members)
 
     async def drop_of(self, ids: collections.abc.Iterable[session.SessionId]) -> None:
         """Remove the timers of sessions, at once. Those that Redis does not take are left to the sweep."""
         with contextlib.suppress(redis.exceptions.RedisError):
-            await self.drop([jobstore.job_id(id) for id in ids])
+            await self.drop([self._kind.job_id(id) for id in ids])
 
     def _passed(self) -> None:
         self.last_pass = time.monotonic()
@@ -179,20 +186,20 @@ class Timers:
             self._loop.call_soon_threadsafe(self._fired.set)
 
     async def fire(self) -> None:
-        """Expire sessions as their claims arrive, until cancelled."""
+        """Handle claims as they arrive, until cancelled."""
         while True:
             await self._fired.wait()
             self._fired.clear()
             while self._claims:
                 claims = [self._claims.popleft() for _ in range(min(_BATCH, len(self._claims)))]
                 try:
-                    await self._expire(claims)
+                    await self._settle_claims(claims)
                 finally:
                     self._jobs.settled(len(claims))
 
-    async def _expire(self, claims: list[jobstore.Claim]) -> None:
+    async def _settle_claims(self, claims: list[jobstore.Claim]) -> None:
         try:
-            found = await self._store.expire([session.SessionId(claim.session_id) for claim in claims])
+            found = await self._handle([session.SessionId(claim.session_id) for claim in claims])
         except (errors.StoreUnavailable, database.Retry) as error:
             # They fire again when their leases end.
             log.warning("expiry_delayed", error=type(error).__name__, count=len(claims))
@@ -203,10 +210,11 @@ class Timers:
             expiry = expiries[session.SessionId(claim.session_id)]
             if expiry.over or expiry.due:
                 again = jobstore.score(expiry.due.timestamp()) if expiry.due else ""
-                settled.append((jobstore.job_id(claim.session_id), claim.score, again))
-        metrics.EXPIRED.inc(sum(each.over for each in expiries.values()))
+                settled.append((self._kind.job_id(claim.session_id), claim.score, again))
+        if self._kind is jobstore.EXPIRE:
+            metrics.EXPIRED.inc(sum(each.over for each in expiries.values()))
         try:
-            await self._settle(keys=[jobstore.KEY], args=list(itertools.chain.from_iterable(settled)))
+            await self._settle(keys=[self._kind.key], args=list(itertools.chain.from_iterable(settled)))
         except redis.exceptions.RedisError as error:
             # They fire again when their leases end, and find nothing to do.
             log.warning("claims_unsettled", error=type(error).__name__, count=len(settled))

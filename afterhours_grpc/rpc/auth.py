@@ -4,6 +4,7 @@ import collections.abc
 import contextvars
 import dataclasses
 import enum
+import time
 import typing
 
 import grpc
@@ -36,6 +37,15 @@ class Caller:
     def named(self, user_id: str) -> str:
         """Give the user that a request is about: an empty id means the caller, unless it may mean everybody."""
         return user_id if user_id or Scope.ANY in self.scopes else self.id
+
+    def until(self) -> float | None:
+        """Give when the credentials end, in seconds of time.monotonic()."""
+        return None if self.expires_at is None else time.monotonic() + self.expires_at - time.time()
+
+    @property
+    def may_watch_all(self) -> bool:
+        """Whether the caller may watch every user."""
+        return not self.scopes.isdisjoint((Scope.ANY, Scope.WATCH))
 
     def check(self, *scopes: Scope, user_id: session.UserId | None = None) -> None:
         """Raise Forbidden for one who has none of the scopes, and is not that user."""

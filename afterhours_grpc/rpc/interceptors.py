@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections.abc
+import contextlib
 import time
 import typing
 import uuid
@@ -27,10 +28,11 @@ _MARGIN = 0.02
 _MethodHandler: typing.TypeAlias = "grpc.RpcMethodHandler[typing.Any, typing.Any]"
 _Decode = collections.abc.Callable[[bytes], typing.Any]
 _Behaviour = collections.abc.Callable[[typing.Any, auth.Context], collections.abc.Awaitable[typing.Any]]
+_Streaming = collections.abc.Callable[[typing.Any, auth.Context], collections.abc.AsyncGenerator[bytes, None]]
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """Wraps the unary methods of the services named; health and reflection pass by.
+    """Wraps the methods of the services named; health and reflection pass by.
 
     Requests are decoded in here, where bytes that are no message can be answered properly.
     """
@@ -69,68 +71,92 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not method.startswith(self._prefixes):
             return handler
-        wrapped: _MethodHandler = grpc.unary_unary_rpc_method_handler(
-            self._wrap(
-                method.rpartition("/")[2],
-                typing.cast("_Behaviour", handler.unary_unary),
-                typing.cast("_Decode", handler.request_deserializer),
-            ),
-            response_serializer=handler.response_serializer,
-        )
+        name, decode = method.rpartition("/")[2], typing.cast("_Decode", handler.request_deserializer)
+        wrapped: _MethodHandler
+        if handler.response_streaming:
+            # It gives bytes: what many watch is rendered once.
+            stream = self._stream(name, typing.cast("_Streaming", handler.unary_stream), decode)
+            wrapped = grpc.unary_stream_rpc_method_handler(stream)
+        else:
+            call = self._call(name, typing.cast("_Behaviour", handler.unary_unary), decode)
+            wrapped = grpc.unary_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
         return self._wrapped.setdefault(method, wrapped)
 
-    def _wrap(
-        self,
-        method: str,
-        behaviour: _Behaviour,
-        decode: _Decode,
-    ) -> _Behaviour:
+    def _call(self, method: str, behaviour: _Behaviour, decode: _Decode) -> _Behaviour:
         async def call(raw: bytes, context: auth.Context) -> typing.Any:
-            began = time.perf_counter()
-            request: typing.Any = None
-            caller: auth.Caller | None = None
-            error: errors.SessionError | None = None
-            code = grpc.StatusCode.OK
-            self._in_flight += 1
-            self._idle.clear()
-            try:
-                if self._draining:
-                    raise errors.ShuttingDown  # noqa: TRY301 - told like every other refusal
-                caller = await self._authenticate(context)
-                auth.caller.set(caller)
-                request = _decoded(raw, decode)
-                auth.deadline.set(_deadline(context.time_remaining()))
+            async with _Call(self, method, context) as noted:
+                request = await self._admit(raw, decode, context, noted)
                 return await behaviour(request, context)
-            except errors.SessionError as refusal:
-                error, code = refusal, status.code(refusal)
-            except asyncio.CancelledError:
-                late = context.time_remaining() == 0
-                code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-                raise
-            except Exception as bug:  # noqa: BLE001 - whatever it is, no text of it goes to the caller
-                error, code = _told(bug), grpc.StatusCode.INTERNAL
-            finally:
-                self._in_flight -= 1
-                if not self._in_flight:
-                    self._idle.set()
-                self._note(method, code, error, time.perf_counter() - began, caller, request)
-            told = rpc_status.to_status(status.status(error))
-            return await context.abort(told.code, told.details, told.trailing_metadata)
 
         return call
 
-    def _note(
-        self,
-        method: str,
-        code: grpc.StatusCode,
-        error: errors.SessionError | None,
-        seconds: float,
-        caller: auth.Caller | None,
-        request: typing.Any,
-    ) -> None:
+    def _stream(self, method: str, behaviour: _Streaming, decode: _Decode) -> _Streaming:
+        async def stream(raw: bytes, context: auth.Context) -> collections.abc.AsyncGenerator[bytes, None]:
+            async with _Call(self, method, context) as noted:
+                request = await self._admit(raw, decode, context, noted)
+                async with contextlib.aclosing(behaviour(request, context)) as messages:
+                    async for message in messages:
+                        yield message
+
+        return stream
+
+    async def _admit(self, raw: bytes, decode: _Decode, context: auth.Context, noted: _Call) -> typing.Any:
+        """Check what is checked of every call, and give its request."""
+        if self._draining:
+            raise errors.ShuttingDown
+        noted.caller = await self._authenticate(context)
+        auth.caller.set(noted.caller)
+        noted.request = _decoded(raw, decode)
+        auth.deadline.set(_deadline(context.time_remaining()))
+        return noted.request
+
+    def enter(self) -> None:
+        """Count a call as in flight."""
+        self._in_flight += 1
+        self._idle.clear()
+
+    def leave(self, note: journal.Note) -> None:
+        """Count it no longer, and note it for the log."""
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+        self._journal.take(note)
+
+
+class _Call:
+    """A call in flight: what it raises becomes a status, and what it was is noted, as far as it got."""
+
+    __slots__ = ("_began", "_boundary", "_context", "_method", "caller", "request")
+
+    def __init__(self, boundary: Boundary, method: str, context: auth.Context) -> None:
+        self._boundary = boundary
+        self._method = method
+        self._context = context
+        self._began = time.perf_counter()
+        self.caller: auth.Caller | None = None
+        self.request: typing.Any = None
+
+    async def __aenter__(self) -> typing.Self:
+        self._boundary.enter()
+        return self
+
+    async def __aexit__(self, _: object, raised: BaseException | None, __: object) -> None:
+        error: errors.SessionError | None = None
+        code = grpc.StatusCode.OK
+        if isinstance(raised, errors.SessionError):
+            error, code = raised, status.code(raised)
+        elif isinstance(raised, asyncio.CancelledError | GeneratorExit):
+            late = self._context.time_remaining() == 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        elif isinstance(raised, Exception):  # whatever it is, no text of it goes to the caller
+            error, code = _told(raised), grpc.StatusCode.INTERNAL
         reason = status.reason(error) if error else ""
-        request_id = wire.request_id(request)
-        self._journal.take(journal.Note(method, code.name, reason, seconds, caller.id if caller else None, request_id))
+        caller, request_id = self.caller.id if self.caller else None, wire.request_id(self.request)
+        seconds = time.perf_counter() - self._began
+        self._boundary.leave(journal.Note(self._method, code.name, reason, seconds, caller, request_id))
+        if error:
+            told = rpc_status.to_status(status.status(error))
+            await self._context.abort(told.code, told.details, told.trailing_metadata)
 
 
 def _decoded(raw: bytes, decode: _Decode) -> typing.Any:

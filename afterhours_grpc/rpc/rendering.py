@@ -3,9 +3,11 @@
 import datetime
 import typing
 
-from afterhours.v1 import profile_pb2, session_pb2
+from afterhours.v1 import profile_pb2, session_event_pb2, session_pb2, session_service_pb2
 from google.protobuf import duration_pb2, timestamp_pb2
 
+from afterhours_grpc.events import feed
+from afterhours_grpc.rpc import cursors
 from afterhours_grpc.sessions import location, session
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -26,7 +28,7 @@ def session_message(value: session.Session) -> session_pb2.Session:
         end_time=value.ended_at and _timestamp(value.ended_at),
         end_reason=_END_REASON[value.end_reason],
         remaining=_duration(value.remaining),
-        fuzzed_location=location_message(value.fuzzed),
+        fuzzed_location=location_message(value.fuzzed) if value.fuzzed else None,
         fuzz_radius_meters=value.fuzz_radius_meters,
     )
 
@@ -54,3 +56,30 @@ def profile_message(value: session.Profile) -> profile_pb2.Profile:
         identity_verified=value.identity_verified,
         location_consent=value.location_consent,
     )
+
+
+def event_bytes(event: feed.Event) -> bytes:
+    """Render an event as the message of a watch, in bytes: once for all who watch."""
+    return _watch_bytes(
+        session_event_pb2.SessionEvent(
+            cursor=cursors.encode(event.position),
+            type=f"SESSION_EVENT_TYPE_{event.type}",
+            event_time=_timestamp(event.happened_at),
+            session=session_message(event.session),
+        )
+    )
+
+
+def heartbeat_bytes(position: int) -> bytes:
+    """Render a heartbeat in the same way."""
+    return _watch_bytes(
+        session_event_pb2.SessionEvent(
+            cursor=cursors.encode(position),
+            type=session_event_pb2.SESSION_EVENT_TYPE_HEARTBEAT,
+            event_time=_timestamp(datetime.datetime.now(datetime.UTC)),
+        )
+    )
+
+
+def _watch_bytes(event: session_event_pb2.SessionEvent) -> bytes:
+    return session_service_pb2.WatchSessionsResponse(event=event).SerializeToString()

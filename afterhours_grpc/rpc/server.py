@@ -12,8 +12,9 @@ from afterhours.v1 import (
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from afterhours_grpc.rpc import auth, certificates, interceptors, servicers, wire
-from afterhours_grpc.sessions import service
+from afterhours_grpc.events import feed
+from afterhours_grpc.rpc import auth, certificates, cursors, interceptors, servicers, wire
+from afterhours_grpc.sessions import listing, service
 
 NAMES = (
     session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
@@ -72,7 +73,10 @@ class Server:
         self,
         sessions: service.Sessions,
         profiles: service.Profiles,
+        lists: listing.Listing,
+        feed: feed.Feed[bytes],
         durations: wire.Durations,
+        pages: cursors.Pages,
         authenticate: auth.Authenticator,
         *,
         encryption: certificates.Encryption | None,
@@ -82,9 +86,10 @@ class Server:
     ) -> None:
         self._boundary = interceptors.Boundary(NAMES, authenticate)
         self._encryption = encryption
+        self._feed = feed
         self._server = _transport(transport, self._boundary, shared=shared)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(
-            servicers.SessionServicer(sessions, durations), self._server
+            servicers.SessionServicer(sessions, lists, feed, durations, pages), self._server
         )
         profile_service_pb2_grpc.add_ProfileServiceServicer_to_server(servicers.ProfileServicer(profiles), self._server)
         self._health = health.aio.HealthServicer()
@@ -129,9 +134,10 @@ class Server:
             await self._health.set(name, status.SERVING if does else status.NOT_SERVING)
 
     async def drain(self, pause: float) -> None:
-        """Say NOT_SERVING and refuse new calls; end after `pause` seconds and once no call is in flight."""
+        """Say NOT_SERVING, refuse calls and end watches; end after `pause` seconds and once no call is in flight."""
         await self.serving(False)
         self._boundary.drain()
+        self._feed.drain()
         await self._boundary.idle_for(pause)
 
     async def stop(self) -> None:

@@ -1,22 +1,39 @@
 """Each RPC: parse, call the service, render. Errors are the interceptor's."""
 
+import collections.abc
+import contextlib
+
 from afterhours.v1 import (
     profile_service_pb2,
     profile_service_pb2_grpc,
+    session_pb2,
     session_service_pb2,
     session_service_pb2_grpc,
 )
+from google.protobuf import message
 
-from afterhours_grpc.rpc import auth, rendering, wire
-from afterhours_grpc.sessions import service
+from afterhours_grpc.events import feed
+from afterhours_grpc.rpc import auth, cursors, listing, rendering, tokens, wire
+from afterhours_grpc.sessions import listing as listed
+from afterhours_grpc.sessions import service, session
 
 
 class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
     """afterhours.v1.SessionService; see its proto."""
 
-    def __init__(self, sessions: service.Sessions, durations: wire.Durations) -> None:
+    def __init__(
+        self,
+        sessions: service.Sessions,
+        lists: listed.Listing,
+        feed: feed.Feed[bytes],
+        durations: wire.Durations,
+        pages: cursors.Pages,
+    ) -> None:
         self._sessions = sessions
+        self._lists = lists
+        self._feed = feed
         self._durations = durations
+        self._pages = pages
 
     async def StartSession(  # noqa: N802 - the proto's name, as below
         self, request: session_service_pb2.StartSessionRequest, _: auth.Context
@@ -55,6 +72,62 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         if found is None:
             return session_service_pb2.GetSessionResponse(active=False)
         return session_service_pb2.GetSessionResponse(active=True, session=rendering.session_message(found))
+
+    async def BatchGetSessions(  # noqa: N802
+        self, request: session_service_pb2.BatchGetSessionsRequest, _: auth.Context
+    ) -> session_service_pb2.BatchGetSessionsResponse:
+        user_ids, min_remaining = listing.of_users(request)
+        auth.caller.get().check(auth.Scope.ANY)
+        found = await self._lists.of_users(user_ids, min_remaining, auth.deadline.get())
+        return session_service_pb2.BatchGetSessionsResponse(sessions=map(rendering.session_message, found))
+
+    async def ListSessions(  # noqa: N802
+        self, request: session_service_pb2.ListSessionsRequest, _: auth.Context
+    ) -> session_service_pb2.ListSessionsResponse:
+        caller = auth.caller.get()
+        user_id, page = listing.history(request, self._pages, caller)
+        caller.check(auth.Scope.ANY, user_id=user_id)
+        found = await self._lists.history(user_id, page.started(listed.LAST), page.size + 1, auth.deadline.get())
+        keyed = [(each, listing.started_key(each)) for each in found]
+        sessions, token = self._paged(request, keyed, page)
+        return session_service_pb2.ListSessionsResponse(sessions=sessions, next_page_token=token)
+
+    async def ListActiveSessions(  # noqa: N802
+        self, request: session_service_pb2.ListActiveSessionsRequest, _: auth.Context
+    ) -> session_service_pb2.ListActiveSessionsResponse:
+        caller, deadline = auth.caller.get(), auth.deadline.get()
+        min_remaining, page, near = listing.active(request, self._pages, caller)
+        caller.check(auth.Scope.ANY)
+        if near:
+            measured = await self._lists.near(near, min_remaining, page.size + 1, deadline)
+            keyed = [(each, listing.distance_key(each, meters)) for each, meters in measured]
+        else:
+            found = await self._lists.active(min_remaining, page.started(listed.FIRST), page.size + 1, deadline)
+            keyed = [(each, listing.started_key(each)) for each in found]
+        sessions, token = self._paged(request, keyed, page)
+        return session_service_pb2.ListActiveSessionsResponse(sessions=sessions, next_page_token=token)
+
+    def _paged(
+        self, request: message.Message, keyed: list[tuple[session.Session, cursors.Key]], page: listing.Page
+    ) -> tuple[list[session_pb2.Session], str]:
+        """Render a page, and sign the token of the next if one more session than it holds was found."""
+        shown = keyed[: page.size]
+        more = len(keyed) > page.size
+        token = self._pages.sign(request, auth.caller.get().id, shown[-1][1]) if more else ""
+        return [rendering.session_message(each) for each, _ in shown], token
+
+    async def WatchSessions(  # type: ignore[override]  # noqa: N802 - in bytes, rendered once for all who watch
+        self, request: session_service_pb2.WatchSessionsRequest, _: auth.Context
+    ) -> collections.abc.AsyncGenerator[bytes, None]:
+        caller = auth.caller.get()
+        user_ids, position = listing.watch(request, caller)
+        if not caller.may_watch_all:
+            for user_id in user_ids or ():
+                caller.check(user_id=user_id)
+        told_all = self._feed.watch(user_ids, position, caller.until(), tokens.expired)
+        async with contextlib.aclosing(told_all) as watched:
+            async for told in watched:
+                yield rendering.heartbeat_bytes(told.position) if told.event is None else told.event
 
     async def GetExactLocation(  # noqa: N802
         self, request: session_service_pb2.GetExactLocationRequest, _: auth.Context

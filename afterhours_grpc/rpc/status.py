@@ -7,6 +7,7 @@ from afterhours.v1 import error_reason_pb2
 from google.protobuf import any_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from afterhours_grpc.rpc import cursors
 from afterhours_grpc.sessions import errors
 
 DOMAIN = "afterhours.v1"
@@ -27,6 +28,8 @@ _TABLE: dict[type[Exception], tuple[grpc.StatusCode, _R.ErrorReason]] = {
     errors.ProfileNotFound: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_PROFILE_NOT_FOUND),
     errors.SessionNotFound: (grpc.StatusCode.NOT_FOUND, _R.ERROR_REASON_SESSION_NOT_FOUND),
     errors.LocationErased: (grpc.StatusCode.FAILED_PRECONDITION, _R.ERROR_REASON_LOCATION_ERASED),
+    errors.CursorExpired: (grpc.StatusCode.OUT_OF_RANGE, _R.ERROR_REASON_CURSOR_EXPIRED),
+    errors.SlowConsumer: (grpc.StatusCode.RESOURCE_EXHAUSTED, _R.ERROR_REASON_SLOW_CONSUMER),
     errors.Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, _R.ERROR_REASON_OVERLOADED),
     errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, _R.ERROR_REASON_DEADLINE_EXCEEDED),
     errors.ShuttingDown: (grpc.StatusCode.UNAVAILABLE, _R.ERROR_REASON_SHUTTING_DOWN),
@@ -64,6 +67,8 @@ def _metadata(error: errors.SessionError) -> dict[str, str]:
     match error:
         case errors.SessionAlreadyActive():
             return {"session_id": str(error.session_id), "expire_time": _rfc3339(error.expires_at)}
+        case errors.SlowConsumer():
+            return {"cursor": cursors.encode(error.position)}
         case errors.Bug():
             return {"error_id": error.error_id}
     return {}

@@ -185,6 +185,11 @@ def _caller(claims: dict[str, typing.Any]) -> auth.Caller:
     return auth.Caller(subject, frozenset(scope.split()), float(claims["exp"]))
 
 
+def expired() -> errors.SessionError:
+    """Give what a stream is told whose token has ended."""
+    return errors.Unauthenticated(_EXPIRED)
+
+
 def signed(secret: str, subject: str, scope: str, lifetime: float, expected: Expected) -> str:
     """Sign a token for development, good for `lifetime` seconds."""
     claims = {"sub": subject, "exp": int(time.time() + lifetime), "iss": expected.issuer, "aud": expected.audience}

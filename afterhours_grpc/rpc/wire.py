@@ -9,6 +9,7 @@ import uuid
 
 from afterhours.v1 import (
     profile_service_pb2,
+    session_pb2,
     session_service_pb2,
 )
 from google.protobuf import duration_pb2, timestamp_pb2
@@ -41,24 +42,28 @@ class Durations:
         return self._allowed.get((duration.seconds, duration.nanos))
 
 
-class _Form:
+class Form:
     """Collects the violations of one request."""
 
     def __init__(self) -> None:
         self._violations: list[errors.Violation] = []
 
     def must(self, holds: bool, field: str, rule: str) -> None:
+        """Note that a field breaks a rule, unless it holds."""
         if not holds:
             self._violations.append(errors.Violation(field, rule))
 
     def check(self) -> None:
+        """Raise InvalidRequest if any field breaks a rule."""
         if self._violations:
             raise errors.InvalidRequest(tuple(self._violations))
 
     def user_id(self, value: str, field: str = "user_id") -> session.UserId:
+        """Parse a user's id."""
         return session.UserId(self.text(value, field))
 
     def text(self, value: str, field: str) -> str:
+        """Parse a text of 1 to 255 code points."""
         self.must(
             0 < len(value) <= _LONGEST_TEXT and "\0" not in value,
             field,
@@ -67,31 +72,35 @@ class _Form:
         return value
 
     def duration(self, value: duration_pb2.Duration, field: str, allowed: Durations) -> datetime.timedelta:
+        """Parse one of the allowed durations."""
         found = allowed.find(value)
         self.must(found is not None, field, allowed.rule)
         return found or datetime.timedelta()
 
-    def exact(self, request: session_service_pb2.StartSessionRequest) -> location.ExactLocation:
-        if not request.HasField("location"):
-            self.must(False, "location", "is required")
+    def place(self, value: session_pb2.Location | None, field: str) -> location.ExactLocation:
+        """Parse a place."""
+        if value is None:
+            self.must(False, field, "is required")
             return location.ExactLocation(0.0, 0.0)
-        latitude, longitude = request.location.latitude, request.location.longitude
+        latitude, longitude = value.latitude, value.longitude
         # NaN is in no range.
         if not -90 <= latitude <= 90:
-            self.must(False, "location.latitude", "must be from -90 to 90 degrees")
+            self.must(False, f"{field}.latitude", "must be from -90 to 90 degrees")
             latitude = 0.0
         if not -180 <= longitude <= 180:
-            self.must(False, "location.longitude", "must be from -180 to 180 degrees")
+            self.must(False, f"{field}.longitude", "must be from -180 to 180 degrees")
             longitude = 0.0
         return location.ExactLocation(latitude, longitude)
 
     def identifier(self, value: str, field: str) -> uuid.UUID | None:
+        """Parse a UUID."""
         if _UUID.fullmatch(value):
             return uuid.UUID(value)
         self.must(False, field, "must be a UUID such as 123e4567-e89b-12d3-a456-426614174000")
         return None
 
     def request(self, request: _Mutation, caller: auth.Caller) -> session.Request | None:
+        """Parse what makes a retry safe, if it is there."""
         if not request.request_id:
             return None
         id = self.identifier(request.request_id, "request_id")
@@ -117,11 +126,11 @@ def start(
     allowed: Durations,
 ) -> session.Start:
     """Parse, or raise InvalidRequest."""
-    form = _Form()
+    form = Form()
     parsed = session.Start(
         user_id=form.user_id(caller.named(request.user_id)),
         duration=form.duration(request.duration, "duration", allowed),
-        exact=form.exact(request),
+        exact=form.place(request.location if request.HasField("location") else None, "location"),
         request=form.request(request, caller),
         deadline=deadline,
     )
@@ -131,7 +140,7 @@ def start(
 
 def end(request: session_service_pb2.EndSessionRequest, caller: auth.Caller, deadline: session.Deadline) -> session.End:
     """Parse, or raise InvalidRequest."""
-    form = _Form()
+    form = Form()
     parsed = session.End(form.user_id(caller.named(request.user_id)), form.request(request, caller), deadline)
     form.check()
     return parsed
@@ -144,7 +153,7 @@ def extend(
     allowed: Durations,
 ) -> session.Extend:
     """Parse, or raise InvalidRequest."""
-    form = _Form()
+    form = Form()
     parsed = session.Extend(
         user_id=form.user_id(caller.named(request.user_id)),
         additional=form.duration(request.additional_duration, "additional_duration", allowed),
@@ -161,7 +170,7 @@ class _OfUser(typing.Protocol):
 
 def user_id(request: _OfUser, caller: auth.Caller) -> session.UserId:
     """Parse a request that has nothing but a user, or raise InvalidRequest."""
-    form = _Form()
+    form = Form()
     parsed = form.user_id(caller.named(request.user_id))
     form.check()
     return parsed
@@ -169,7 +178,7 @@ def user_id(request: _OfUser, caller: auth.Caller) -> session.UserId:
 
 def delete_profile(request: profile_service_pb2.DeleteProfileRequest) -> session.UserId:
     """Parse, or raise InvalidRequest."""
-    form = _Form()
+    form = Form()
     parsed = form.user_id(request.user_id)
     form.check()
     return parsed
@@ -179,7 +188,7 @@ def exact_location(
     request: session_service_pb2.GetExactLocationRequest, caller: auth.Caller, deadline: session.Deadline
 ) -> session.ExactRead:
     """Parse, or raise InvalidRequest."""
-    form = _Form()
+    form = Form()
     id = form.identifier(request.session_id, "session_id") or uuid.UUID(int=0)
     parsed = session.ExactRead(session.SessionId(id), form.text(request.purpose, "purpose"), caller.id, deadline)
     form.check()
@@ -188,7 +197,7 @@ def exact_location(
 
 def put_profile(request: profile_service_pb2.PutProfileRequest) -> session.Profile:
     """Parse, or raise InvalidRequest."""
-    form, profile = _Form(), request.profile
+    form, profile = Form(), request.profile
     if not request.HasField("profile"):
         form.must(False, "profile", "is required")
         form.check()

@@ -110,6 +110,18 @@ class LocationErased(SessionError):
     """The exact location of this session was erased after its retention; only the fuzzed one is left."""
 
 
+class CursorExpired(SessionError):
+    """Events after this cursor are no longer kept; watch from now on, with an empty cursor, and list."""
+
+
+class SlowConsumer(SessionError):
+    """The stream was read more slowly than events came; watch again from the cursor in the metadata, reading faster."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.position = position
+
+
 class Overloaded(SessionError):
     """Too many calls are waiting, and this one was not let in; nothing was applied. Retry after the delay."""
 

@@ -20,13 +20,13 @@ from collections import abc
 RADIUS_METERS = 1000.0
 """A fuzzed location is at most this far from the exact one, along the WGS 84 ellipsoid."""
 
-_EARTH_METERS = 6371008.8
+EARTH_METERS = 6371008.8
 _BANDS = 20016
 _BAND = math.pi / _BANDS
-_CELLS_AT_EQUATOR = math.tau * _EARTH_METERS / 1000.0
+_CELLS_AT_EQUATOR = math.tau * EARTH_METERS / 1000.0
 # 101 and not 100: 100 m along the ellipsoid are up to 100.57 m on the sphere.
-_NEAR = 101.0 / _EARTH_METERS
-_OFFSET = 100.0 / _EARTH_METERS
+_NEAR = 101.0 / EARTH_METERS
+_OFFSET = 100.0 / EARTH_METERS
 # No band has more than 40,031 cells, so band and index together stay below 2 ** 31.
 _INDEX_BITS = 16
 _POLE, _ANTIMERIDIAN = 90.0, 180.0

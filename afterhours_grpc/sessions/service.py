@@ -2,12 +2,11 @@
 
 import asyncio
 import collections.abc
-import datetime
 import typing
 
 from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import errors, location, session
-from afterhours_grpc.store import batching, database, privacy, store
+from afterhours_grpc.store import batching, database, privacy, rows, store
 
 Answers = list[session.Session | Exception]
 _Identity = tuple[session.Method, session.Request]
@@ -21,9 +20,9 @@ _CLOSED: dict[session.Gate, type[errors.SessionError]] = {
 
 
 class Timers(typing.Protocol):
-    """Where the expiry of a session is timed. It never fails: what it could not write is swept up later."""
+    """Where the end of a session is timed. It never fails: what it could not write is swept up later."""
 
-    async def set(self, due: collections.abc.Sequence[tuple[session.SessionId, datetime.datetime]]) -> None:
+    async def set(self, sessions: collections.abc.Sequence[session.Session]) -> None:
         """Time sessions, or move their timers to a later time."""
 
     async def cancel(self, ids: collections.abc.Sequence[session.SessionId]) -> None:
@@ -129,7 +128,7 @@ class Sessions:
         candidates = [self._fuzzer.candidates(call.user_id, call.exact) for call in calls]
         opened = await self._store.start(calls, candidates)
         failpoints.reach(failpoints.Point.STARTED)
-        await self._timers.set([(each.id, each.expires_at) for each in opened if each])
+        await self._timers.set([each for each in opened if each])
         failpoints.reach(failpoints.Point.TIMED)
         return await self._explained(session.Method.START, calls, opened)
 
@@ -140,7 +139,7 @@ class Sessions:
 
     async def _extend(self, calls: list[session.Extend]) -> Answers:
         extended = await self._store.extend(calls)
-        await self._timers.set([(each.id, each.expires_at) for each in extended if each])
+        await self._timers.set([each for each in extended if each])
         return await self._explained(session.Method.EXTEND, calls, extended)
 
     async def _get(self, user_ids: list[session.UserId]) -> list[session.Session | None]:
@@ -152,7 +151,7 @@ class Sessions:
     async def _explained(
         self,
         method: session.Method,
-        calls: collections.abc.Sequence[store.Call],
+        calls: collections.abc.Sequence[rows.Call],
         found: list[session.Session | None],
     ) -> Answers:
         refused = [call for call, each in zip(calls, found, strict=True) if each is None]
@@ -214,14 +213,14 @@ class Profiles:
         return answers
 
 
-def _keys(call: store.Call) -> tuple[collections.abc.Hashable, ...]:
+def _keys(call: rows.Call) -> tuple[collections.abc.Hashable, ...]:
     """Give what two calls of one statement must not share."""
     if call.request is None:
         return (call.user_id,)
     return (call.user_id, (call.request.caller, call.request.id))
 
 
-def _why(method: session.Method, call: store.Call, explanation: store.Explanation) -> session.Session | Exception:
+def _why(method: session.Method, call: rows.Call, explanation: rows.Explanation) -> session.Session | Exception:
     """Decide what a call without an answer is told, in the order of the contract's checks."""
     kept = explanation.kept
     if kept is not None:

@@ -36,9 +36,12 @@ class Session:
     expires_at: datetime.datetime
     ended_at: datetime.datetime | None
     end_reason: EndReason | None
-    fuzzed: location.FuzzedLocation
+    # None once its user was erased, in what is kept of it for those who watch.
+    fuzzed: location.FuzzedLocation | None
     fuzz_radius_meters: float
     as_of: datetime.datetime
+    # When its user is to be warned of the end, if at all; known from its transitions alone.
+    warn_at: datetime.datetime | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a time without its zone."""

@@ -141,6 +141,17 @@ class Database:
                 await connection.driver.execute("ROLLBACK")
                 raise
 
+    async def listen(self, channel: str, heard: collections.abc.Callable[[], None]) -> None:
+        """Call `heard` at each notification, on a connection of its own, until it is lost. Raise as `connect` does."""
+        connection = await connect(self._url)
+        lost = asyncio.Event()
+        connection.add_termination_listener(lambda _: lost.set())
+        try:
+            await connection.add_listener(channel, lambda *_: heard())
+            await lost.wait()
+        finally:
+            connection.terminate()
+
     @contextlib.asynccontextmanager
     async def _connection(self) -> collections.abc.AsyncIterator[_Connection]:
         with _away_is_unavailable():

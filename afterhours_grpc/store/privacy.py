@@ -9,7 +9,7 @@ import hashlib
 
 from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import errors, location, session
-from afterhours_grpc.store import database, queries, transitions
+from afterhours_grpc.store import database, endings, fragments, outbox, queries
 
 # Recorded by the statement that reads, whatever it finds.
 _READ_EXACT = database.Statement(f"""
@@ -18,7 +18,7 @@ WITH found AS MATERIALIZED (
     ),
     recorded AS (
         INSERT INTO after_hours_exact_reads (caller, session_id, purpose, read_at, disclosed)
-        SELECT :caller, CAST(:id AS uuid), :purpose, {transitions.NOW},
+        SELECT :caller, CAST(:id AS uuid), :purpose, {fragments.NOW},
             EXISTS (SELECT FROM found WHERE latitude IS NOT NULL)
     )
 SELECT latitude, longitude FROM found
@@ -27,7 +27,7 @@ SELECT latitude, longitude FROM found
 # The longest ended first; rows that others hold are left to the next sweep.
 _PAST = f"""
     SELECT id FROM after_hours_sessions
-    WHERE ended_at <= (SELECT {transitions.NOW}) - CAST(:retention AS interval) {{further}}
+    WHERE ended_at <= (SELECT {fragments.NOW}) - CAST(:retention AS interval) {{further}}
     ORDER BY ended_at LIMIT :most FOR UPDATE SKIP LOCKED"""
 
 _ERASE_EXACT = database.Statement(f"""
@@ -48,9 +48,19 @@ _REMOVE_SESSIONS_OF = database.Statement("""
 DELETE FROM after_hours_sessions WHERE user_id = :user_id RETURNING id
 """)
 
+# The end that an erasure itself causes keeps its user, or those who watch that user would go on to show them; it goes
+# with the other events, when their retention is over.
+_TOMBSTONES = """
+UPDATE {events} SET fuzzed_latitude = NULL, fuzzed_longitude = NULL, fuzz_radius_meters = NULL,
+    user_id = CASE WHEN type = 'ENDED' AND session_id = ANY(CAST(:ended AS uuid[])) THEN user_id END
+WHERE user_id = :user_id
+"""
+_ERASE_OUTBOX = database.Statement(_TOMBSTONES.format(events="after_hours_outbox"))
+_ERASE_EVENTS = database.Statement(_TOMBSTONES.format(events="after_hours_events"))
+
 _RECORD = database.Statement(f"""
 INSERT INTO after_hours_data_requests (kind, user_digest, reference, requested_at)
-VALUES (:kind, :digest, :reference, {transitions.NOW})
+VALUES (:kind, :digest, :reference, {fragments.NOW})
 """)
 
 _EXPORT = database.Statement("""
@@ -59,7 +69,13 @@ SELECT jsonb_pretty(jsonb_build_object(
     'user_id', CAST(:user_id AS text),
     'profile', (SELECT to_jsonb(p) - 'user_id' FROM after_hours_profiles AS p WHERE p.user_id = :user_id),
     'sessions', coalesce((
-        SELECT jsonb_agg(to_jsonb(s) - 'user_id' - 'fuzz_cell' - 'fuzz_key_version' ORDER BY s.started_at, s.id) FROM s
+        SELECT jsonb_agg(
+            to_jsonb(s) - '{user_id,fuzz_cell,fuzz_key_version,warn_at}'::text[] ORDER BY s.started_at, s.id
+        ) FROM s
+    ), '[]'),
+    'events', coalesce((
+        SELECT jsonb_agg(to_jsonb(e) - '{user_id,placed_at}'::text[] ORDER BY e.position)
+        FROM after_hours_events AS e WHERE e.user_id = :user_id
     ), '[]'),
     'answers', coalesce((
         SELECT jsonb_agg(to_jsonb(r) - 'fingerprint' ORDER BY r.answered_at, r.request_id)
@@ -122,12 +138,17 @@ class Privacy:
         async with self._database.transaction() as run:
             # First, so that no start comes between: it needs the profile.
             profile = await run(queries.DELETE_PROFILE, user_id=user_id)
-            ended = await run(transitions.END_OF_USERS, user_ids=[user_id], reason=session.EndReason.ADMIN.value)
+            ended = await run(endings.END_OF_USERS, user_ids=[user_id], reason=session.EndReason.ADMIN.value)
+            # The log's row first: while it is held no event moves from the one table to the other.
+            await run(outbox.LOCK)
+            ids = [row["id"] for row in ended]
+            await run(_ERASE_OUTBOX, user_id=user_id, ended=ids)
+            await run(_ERASE_EVENTS, user_id=user_id, ended=ids)
             await run(_REMOVE_ANSWERS_OF, user_id=user_id)
             removed = await run(_REMOVE_SESSIONS_OF, user_id=user_id)
             await run(_RECORD, kind="ERASE", digest=_digest(user_id), reference=reference)
             failpoints.reach(failpoints.Point.ERASED)
-        return Erased(len(removed), bool(profile), tuple(row["id"] for row in ended))
+        return Erased(len(removed), bool(profile), tuple(ids))
 
     async def export_user(self, user_id: session.UserId, reference: str) -> str:
         """Give all that is stored of a user as JSON, exact locations included, and record that."""

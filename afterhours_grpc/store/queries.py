@@ -1,13 +1,13 @@
 """The statements that read, write profiles, and clear away; see `transitions` for those that change sessions."""
 
-from afterhours_grpc.store import database, transitions
+from afterhours_grpc.store import database, fragments
 
 GET = database.Statement(f"""
 SELECT asked.ordinal, s.*, clock.at AS as_of
-FROM (SELECT {transitions.NOW} AS at) AS clock
+FROM (SELECT {fragments.NOW} AS at) AS clock
 CROSS JOIN unnest(CAST(:user_ids AS text[])) WITH ORDINALITY AS asked(user_id, ordinal)
 CROSS JOIN LATERAL (
-    SELECT {transitions.SESSION} FROM after_hours_sessions AS s
+    SELECT {fragments.SESSION} FROM after_hours_sessions AS s
     WHERE s.user_id = asked.user_id AND s.ended_at IS NULL AND s.expires_at > clock.at
     LIMIT 1
 ) AS s
@@ -16,9 +16,9 @@ CROSS JOIN LATERAL (
 # Why a call came back without a row: the answer that it was given before, no profile, or an active session.
 EXPLAIN = database.Statement(f"""
 SELECT asked.ordinal, profile.user_id IS NOT NULL AS has_profile,
-    ARRAY[{", ".join(transitions.closed("profile"))}] AS closed,
+    ARRAY[{", ".join(fragments.closed("profile"))}] AS closed,
     kept.*, active.id AS active_id, active.expires_at AS active_expires_at
-FROM (SELECT {transitions.NOW} AS at) AS clock
+FROM (SELECT {fragments.NOW} AS at) AS clock
 CROSS JOIN unnest(CAST(:ordinals AS int[]), CAST(:user_ids AS text[]), CAST(:callers AS text[]),
     CAST(:request_ids AS uuid[])) AS asked(ordinal, user_id, caller, request_id)
 LEFT JOIN LATERAL (
@@ -38,7 +38,7 @@ LEFT JOIN LATERAL (
 ) AS active ON true
 """)
 
-_PREMIUM, _VERIFIED, _CONSENT = transitions.closed("put")
+_PREMIUM, _VERIFIED, _CONSENT = fragments.closed("put")
 
 PUT_PROFILE = database.Statement("""
 INSERT INTO after_hours_profiles AS p (user_id, premium_expires_at, identity_verified, location_consent)
@@ -63,7 +63,7 @@ WITH before AS MATERIALIZED (
     )
 SELECT {_PREMIUM} AND put.premium_expires_at IS DISTINCT FROM before.premium_expires_at
     OR {_VERIFIED} OR {_CONSENT} AS withdrawn
-FROM put CROSS JOIN (SELECT {transitions.NOW} AS at FROM (SELECT count(*) FROM put) AS after_the_put) AS clock
+FROM put CROSS JOIN (SELECT {fragments.NOW} AS at FROM (SELECT count(*) FROM put) AS after_the_put) AS clock
 LEFT JOIN before ON true
 """)
 
@@ -76,24 +76,36 @@ DELETE_PROFILE = database.Statement("""
 DELETE FROM after_hours_profiles WHERE user_id = :user_id RETURNING user_id
 """)
 
-CLOCK = database.Statement(f"SELECT {transitions.NOW} AS at")
+CLOCK = database.Statement(f"SELECT {fragments.NOW} AS at")
 
 # Keyset slices of what should have a timer, soonest first.
 ACTIVE_AFTER = database.Statement(f"""
 SELECT id, expires_at FROM after_hours_sessions
-WHERE {transitions.BY_DUE} AND (expires_at, id) > (CAST(:expires_at AS timestamptz), CAST(:id AS uuid))
+WHERE {fragments.BY_DUE} AND (expires_at, id) > (CAST(:expires_at AS timestamptz), CAST(:id AS uuid))
 ORDER BY expires_at, id LIMIT :most
+""")
+
+# The same for warnings.
+WARNED_AFTER = database.Statement(f"""
+SELECT id, warn_at FROM after_hours_sessions
+WHERE {fragments.BY_WARNING} AND (warn_at, id) > (CAST(:warn_at AS timestamptz), CAST(:id AS uuid))
+ORDER BY warn_at, id LIMIT :most
 """)
 
 # What no sweep has closed yet, and for how long at most.
 OVERDUE = database.Statement(f"""
-SELECT count(*) AS overdue, coalesce(max(({transitions.NOW}) - expires_at), interval '0') AS longest
-FROM after_hours_sessions WHERE {transitions.BY_DUE} AND expires_at <= (SELECT {transitions.NOW})
+SELECT count(*) AS overdue, coalesce(max(({fragments.NOW}) - expires_at), interval '0') AS longest
+FROM after_hours_sessions WHERE {fragments.BY_DUE} AND expires_at <= (SELECT {fragments.NOW})
 """)
 
 # Of these sessions, those that should have a timer.
 STILL_ACTIVE = database.Statement(f"""
-SELECT id FROM after_hours_sessions AS s WHERE id = ANY(CAST(:ids AS uuid[])) AND {transitions.OPEN}
+SELECT id FROM after_hours_sessions AS s WHERE id = ANY(CAST(:ids AS uuid[])) AND {fragments.OPEN}
+""")
+
+STILL_TO_WARN = database.Statement(f"""
+SELECT id FROM after_hours_sessions AS s
+WHERE id = ANY(CAST(:ids AS uuid[])) AND {fragments.OPEN} AND warn_at IS NOT NULL
 """)
 
 # Which calls were applied before under their request_id.
@@ -112,7 +124,7 @@ CROSS JOIN LATERAL (
 FORGET_REQUESTS = database.Statement(f"""
 WITH forgotten AS MATERIALIZED (
         SELECT caller, method, request_id FROM after_hours_requests
-        WHERE answered_at < (SELECT {transitions.NOW}) - interval '24 hours'
+        WHERE answered_at < (SELECT {fragments.NOW}) - interval '24 hours'
         ORDER BY answered_at LIMIT :most FOR UPDATE SKIP LOCKED
     )
 DELETE FROM after_hours_requests AS r USING forgotten

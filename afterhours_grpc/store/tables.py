@@ -4,6 +4,8 @@ The CHECKs tie dates to reasons, so that no statement, and no hand at a console,
 active nor properly ended.
 """
 
+import typing
+
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
@@ -37,7 +39,13 @@ sessions = sa.Table(
     # Which key made the fuzzed location, and which cell of its grid it stands for.
     sa.Column("fuzz_key_version", sa.Integer, nullable=False),
     sa.Column("fuzz_cell", sa.BigInteger, nullable=False),
+    # When its user is to be warned of its end; none once that was done, or if there is nothing to warn of.
+    sa.Column("warn_at", sa.TIMESTAMP(timezone=True)),
     sa.CheckConstraint("char_length(user_id) BETWEEN 1 AND 255", name="after_hours_sessions_user_id_length"),
+    sa.CheckConstraint(
+        "warn_at < expires_at AND ended_at IS NULL OR warn_at IS NULL",
+        name="after_hours_sessions_warned_before_its_end",
+    ),
     sa.CheckConstraint("expires_at > started_at", name="after_hours_sessions_expires_after_start"),
     sa.CheckConstraint("ended_at BETWEEN started_at AND expires_at", name="after_hours_sessions_ends_within_its_time"),
     sa.CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="after_hours_sessions_ends_for_a_reason"),
@@ -79,6 +87,26 @@ sa.Index(
     sessions.c.id.desc(),
 )
 
+# Whom to warn, soonest first; active sessions by their age; and by where they are shown, in bands of 0.01 degrees. The
+# halves about infinity are as above.
+sa.Index(
+    "after_hours_sessions_warning",
+    sessions.c.warn_at,
+    sessions.c.id,
+    postgresql_where=sessions.c.warn_at > sa.text("'-infinity'"),
+)
+sa.Index(
+    "after_hours_sessions_by_start",
+    sessions.c.started_at,
+    sessions.c.id,
+    postgresql_where=sessions.c.ended_at.is_(None) & (sessions.c.started_at > sa.text("'-infinity'")),
+)
+sa.Index(
+    "after_hours_sessions_near",
+    sa.func.floor(sessions.c.fuzzed_latitude * 100),
+    sessions.c.fuzzed_longitude,
+    postgresql_where=sessions.c.ended_at.is_(None) & (sessions.c.fuzzed_latitude > sa.text("'-infinity'")),
+)
 # What retention looks for: sessions to be removed, and exact locations to be erased, the oldest first.
 sa.Index("after_hours_sessions_ended", sessions.c.ended_at, postgresql_where=sessions.c.ended_at.is_not(None))
 sa.Index(
@@ -138,6 +166,53 @@ data_requests = sa.Table(
     sa.CheckConstraint("kind IN ('ERASE', 'EXPORT')", name="after_hours_data_requests_kind"),
 )
 sa.Index("after_hours_data_requests_by_user", data_requests.c.user_digest)
+
+
+def _event() -> tuple[sa.Column[typing.Any], ...]:
+    """Give the columns of an event: the session as it left it. Without a user and a place when they were erased."""
+    return (
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("happened_at", sa.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("session_id", sa.Uuid, nullable=False),
+        sa.Column("user_id", sa.Text),
+        sa.Column("started_at", sa.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("expires_at", sa.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("ended_at", sa.TIMESTAMP(timezone=True)),
+        sa.Column("end_reason", sa.Text),
+        sa.Column("fuzzed_latitude", sa.Double),
+        sa.Column("fuzzed_longitude", sa.Double),
+        sa.Column("fuzz_radius_meters", sa.Double),
+    )
+
+
+_TYPES = "type IN ('STARTED', 'EXTENDED', 'EXPIRING', 'ENDED')"
+# Written with each transition, in its transaction. Ids are drawn while a session's row is locked, so that its events
+# are in order; among sessions they are in none, for transactions commit in another order than they draw.
+outbox = sa.Table(
+    "after_hours_outbox",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    *_event(),
+    sa.CheckConstraint(_TYPES, name="after_hours_outbox_type"),
+)
+# Moved here once committed, by one transaction at a time, which gives positions without a gap: whoever has read up to a
+# position misses nothing before it, whatever is still open elsewhere.
+events = sa.Table(
+    "after_hours_events",
+    metadata,
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("placed_at", sa.TIMESTAMP(timezone=True), nullable=False),
+    *_event(),
+    sa.CheckConstraint(_TYPES, name="after_hours_events_type"),
+)
+sa.Index("after_hours_events_by_user", events.c.user_id, events.c.position)
+event_log = sa.Table(
+    "after_hours_event_log",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("last_position", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("id = 1", name="after_hours_event_log_one_row"),
+)
 
 # What is recorded stays recorded, whoever holds the service's own password.
 _APPEND_ONLY = """

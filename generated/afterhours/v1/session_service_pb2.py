@@ -23,36 +23,53 @@ _sym_db = _symbol_database.Default()
 
 
 from afterhours.v1 import session_pb2 as afterhours_dot_v1_dot_session__pb2
+from afterhours.v1 import session_event_pb2 as afterhours_dot_v1_dot_session__event__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#afterhours/v1/session_service.proto\x12\rafterhours.v1\x1a\x1b\x61\x66terhours/v1/session.proto\x1a\x1egoogle/protobuf/duration.proto\"\xb9\x01\n\x13StartSessionRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x35\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\x12\x33\n\x08location\x18\x03 \x01(\x0b\x32\x17.afterhours.v1.LocationR\x08location\x12\x1d\n\nrequest_id\x18\x04 \x01(\tR\trequestId\"H\n\x14StartSessionResponse\x12\x30\n\x07session\x18\x01 \x01(\x0b\x32\x16.afterhours.v1.SessionR\x07session\"K\n\x11\x45ndSessionRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\"F\n\x12\x45ndSessionResponse\x12\x30\n\x07session\x18\x01 \x01(\x0b\x32\x16.afterhours.v1.SessionR\x07session\"\x9a\x01\n\x14\x45xtendSessionRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12J\n\x13\x61\x64\x64itional_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x12\x61\x64\x64itionalDuration\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\"I\n\x15\x45xtendSessionResponse\x12\x30\n\x07session\x18\x01 \x01(\x0b\x32\x16.afterhours.v1.SessionR\x07session\",\n\x11GetSessionRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"^\n\x12GetSessionResponse\x12\x16\n\x06\x61\x63tive\x18\x01 \x01(\x08R\x06\x61\x63tive\x12\x30\n\x07session\x18\x02 \x01(\x0b\x32\x16.afterhours.v1.SessionR\x07session\"R\n\x17GetExactLocationRequest\x12\x1d\n\nsession_id\x18\x01 \x01(\tR\tsessionId\x12\x18\n\x07purpose\x18\x02 \x01(\tR\x07purpose\"O\n\x18GetExactLocationResponse\x12\x33\n\x08location\x18\x01 \x01(\x0b\x32\x17.afterhours.v1.LocationR\x08location2\xd0\x03\n\x0eSessionService\x12W\n\x0cStartSession\x12\".afterhours.v1.StartSessionRequest\x1a#.afterhours.v1.StartSessionResponse\x12Q\n\nEndSession\x12 .afterhours.v1.EndSessionRequest\x1a!.afterhours.v1.EndSessionResponse\x12Z\n\rExtendSession\x12#.afterhours.v1.ExtendSessionRequest\x1a$.afterhours.v1.ExtendSessionResponse\x12Q\n\nGetSession\x12 .afterhours.v1.GetSessionRequest\x1a!.afterhours.v1.GetSessionResponse\x12\x63\n\x10GetExactLocation\x12&.afterhours.v1.GetExactLocationRequest\x1a\'.afterhours.v1.GetExactLocationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#afterhours/v1/session_service.proto\x12\rafterhours.v1\x1a\x1b\x61\x66terhours/v1/session.proto\x1a!afterhours/v1/session_event.proto\x1a\x1egoogle/protobuf/duration.proto\"\xb9\x01\n\x13StartSessionRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x35\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\x12\x33\n\x08location\x18\x03 \x01(\x0b\x32\x17.afterhours.v1.LocationR\x08location\x12\x1d\n\nrequest_id\x18\x04 \x01(\tR\trequestId\"H\n\x14StartSessionResponse\x12\x30\n\x07session\x18\x01 \x01(\x0b\x32\x16.afterhours.v1.SessionR\x07session\"K\n\x11\x45ndSessionRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\"F\n\x12\x45ndSessionResponse\x12\x30\n\x07session\x18\x01 \x01(\x0b\x32\x16.afterhours.v1.SessionR\x07session\"\x9a\x01\n\x14\x45xtendSessionRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12J\n\x13\x61\x64\x64itional_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x12\x61\x64\x64itionalDuration\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\"I\n\x15\x45xtendSessionResponse\x12\x30\n\x07session\x18\x01 \x01(\x0b\x32\x16.afterhours.v1.SessionR\x07session\",\n\x11GetSessionRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"^\n\x12GetSessionResponse\x12\x16\n\x06\x61\x63tive\x18\x01 \x01(\x08R\x06\x61\x63tive\x12\x30\n\x07session\x18\x02 \x01(\x0b\x32\x16.afterhours.v1.SessionR\x07session\"R\n\x17GetExactLocationRequest\x12\x1d\n\nsession_id\x18\x01 \x01(\tR\tsessionId\x12\x18\n\x07purpose\x18\x02 \x01(\tR\x07purpose\"O\n\x18GetExactLocationResponse\x12\x33\n\x08location\x18\x01 \x01(\x0b\x32\x17.afterhours.v1.LocationR\x08location\"t\n\x17\x42\x61tchGetSessionsRequest\x12\x19\n\x08user_ids\x18\x01 \x03(\tR\x07userIds\x12>\n\rmin_remaining\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0cminRemaining\"N\n\x18\x42\x61tchGetSessionsResponse\x12\x32\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.afterhours.v1.SessionR\x08sessions\"j\n\x13ListSessionsRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\x1b\n\tpage_size\x18\x02 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"r\n\x14ListSessionsResponse\x12\x32\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.afterhours.v1.SessionR\x08sessions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe9\x01\n\x19ListActiveSessionsRequest\x12>\n\rmin_remaining\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0cminRemaining\x12+\n\x04near\x18\x02 \x01(\x0b\x32\x17.afterhours.v1.LocationR\x04near\x12#\n\rradius_meters\x18\x03 \x01(\x01R\x0cradiusMeters\x12\x1b\n\tpage_size\x18\x04 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x05 \x01(\tR\tpageToken\"x\n\x1aListActiveSessionsResponse\x12\x32\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.afterhours.v1.SessionR\x08sessions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"I\n\x14WatchSessionsRequest\x12\x19\n\x08user_ids\x18\x01 \x03(\tR\x07userIds\x12\x16\n\x06\x63ursor\x18\x02 \x01(\tR\x06\x63ursor\"J\n\x15WatchSessionsResponse\x12\x31\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.afterhours.v1.SessionEventR\x05\x65vent2\xd7\x06\n\x0eSessionService\x12W\n\x0cStartSession\x12\".afterhours.v1.StartSessionRequest\x1a#.afterhours.v1.StartSessionResponse\x12Q\n\nEndSession\x12 .afterhours.v1.EndSessionRequest\x1a!.afterhours.v1.EndSessionResponse\x12Z\n\rExtendSession\x12#.afterhours.v1.ExtendSessionRequest\x1a$.afterhours.v1.ExtendSessionResponse\x12Q\n\nGetSession\x12 .afterhours.v1.GetSessionRequest\x1a!.afterhours.v1.GetSessionResponse\x12\x63\n\x10\x42\x61tchGetSessions\x12&.afterhours.v1.BatchGetSessionsRequest\x1a\'.afterhours.v1.BatchGetSessionsResponse\x12W\n\x0cListSessions\x12\".afterhours.v1.ListSessionsRequest\x1a#.afterhours.v1.ListSessionsResponse\x12i\n\x12ListActiveSessions\x12(.afterhours.v1.ListActiveSessionsRequest\x1a).afterhours.v1.ListActiveSessionsResponse\x12\\\n\rWatchSessions\x12#.afterhours.v1.WatchSessionsRequest\x1a$.afterhours.v1.WatchSessionsResponse0\x01\x12\x63\n\x10GetExactLocation\x12&.afterhours.v1.GetExactLocationRequest\x1a\'.afterhours.v1.GetExactLocationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afterhours.v1.session_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STARTSESSIONREQUEST']._serialized_start=116
-  _globals['_STARTSESSIONREQUEST']._serialized_end=301
-  _globals['_STARTSESSIONRESPONSE']._serialized_start=303
-  _globals['_STARTSESSIONRESPONSE']._serialized_end=375
-  _globals['_ENDSESSIONREQUEST']._serialized_start=377
-  _globals['_ENDSESSIONREQUEST']._serialized_end=452
-  _globals['_ENDSESSIONRESPONSE']._serialized_start=454
-  _globals['_ENDSESSIONRESPONSE']._serialized_end=524
-  _globals['_EXTENDSESSIONREQUEST']._serialized_start=527
-  _globals['_EXTENDSESSIONREQUEST']._serialized_end=681
-  _globals['_EXTENDSESSIONRESPONSE']._serialized_start=683
-  _globals['_EXTENDSESSIONRESPONSE']._serialized_end=756
-  _globals['_GETSESSIONREQUEST']._serialized_start=758
-  _globals['_GETSESSIONREQUEST']._serialized_end=802
-  _globals['_GETSESSIONRESPONSE']._serialized_start=804
-  _globals['_GETSESSIONRESPONSE']._serialized_end=898
-  _globals['_GETEXACTLOCATIONREQUEST']._serialized_start=900
-  _globals['_GETEXACTLOCATIONREQUEST']._serialized_end=982
-  _globals['_GETEXACTLOCATIONRESPONSE']._serialized_start=984
-  _globals['_GETEXACTLOCATIONRESPONSE']._serialized_end=1063
-  _globals['_SESSIONSERVICE']._serialized_start=1066
-  _globals['_SESSIONSERVICE']._serialized_end=1530
+  _globals['_STARTSESSIONREQUEST']._serialized_start=151
+  _globals['_STARTSESSIONREQUEST']._serialized_end=336
+  _globals['_STARTSESSIONRESPONSE']._serialized_start=338
+  _globals['_STARTSESSIONRESPONSE']._serialized_end=410
+  _globals['_ENDSESSIONREQUEST']._serialized_start=412
+  _globals['_ENDSESSIONREQUEST']._serialized_end=487
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=489
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=559
+  _globals['_EXTENDSESSIONREQUEST']._serialized_start=562
+  _globals['_EXTENDSESSIONREQUEST']._serialized_end=716
+  _globals['_EXTENDSESSIONRESPONSE']._serialized_start=718
+  _globals['_EXTENDSESSIONRESPONSE']._serialized_end=791
+  _globals['_GETSESSIONREQUEST']._serialized_start=793
+  _globals['_GETSESSIONREQUEST']._serialized_end=837
+  _globals['_GETSESSIONRESPONSE']._serialized_start=839
+  _globals['_GETSESSIONRESPONSE']._serialized_end=933
+  _globals['_GETEXACTLOCATIONREQUEST']._serialized_start=935
+  _globals['_GETEXACTLOCATIONREQUEST']._serialized_end=1017
+  _globals['_GETEXACTLOCATIONRESPONSE']._serialized_start=1019
+  _globals['_GETEXACTLOCATIONRESPONSE']._serialized_end=1098
+  _globals['_BATCHGETSESSIONSREQUEST']._serialized_start=1100
+  _globals['_BATCHGETSESSIONSREQUEST']._serialized_end=1216
+  _globals['_BATCHGETSESSIONSRESPONSE']._serialized_start=1218
+  _globals['_BATCHGETSESSIONSRESPONSE']._serialized_end=1296
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1298
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1404
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1406
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1520
+  _globals['_LISTACTIVESESSIONSREQUEST']._serialized_start=1523
+  _globals['_LISTACTIVESESSIONSREQUEST']._serialized_end=1756
+  _globals['_LISTACTIVESESSIONSRESPONSE']._serialized_start=1758
+  _globals['_LISTACTIVESESSIONSRESPONSE']._serialized_end=1878
+  _globals['_WATCHSESSIONSREQUEST']._serialized_start=1880
+  _globals['_WATCHSESSIONSREQUEST']._serialized_end=1953
+  _globals['_WATCHSESSIONSRESPONSE']._serialized_start=1955
+  _globals['_WATCHSESSIONSRESPONSE']._serialized_end=2029
+  _globals['_SESSIONSERVICE']._serialized_start=2032
+  _globals['_SESSIONSERVICE']._serialized_end=2887
 # @@protoc_insertion_point(module_scope)

@@ -72,6 +72,26 @@ class SessionServiceStub:
                 request_serializer=afterhours_dot_v1_dot_session__service__pb2.GetSessionRequest.SerializeToString,
                 response_deserializer=afterhours_dot_v1_dot_session__service__pb2.GetSessionResponse.FromString,
                 _registered_method=True)
+        self.BatchGetSessions = channel.unary_unary(
+                '/afterhours.v1.SessionService/BatchGetSessions',
+                request_serializer=afterhours_dot_v1_dot_session__service__pb2.BatchGetSessionsRequest.SerializeToString,
+                response_deserializer=afterhours_dot_v1_dot_session__service__pb2.BatchGetSessionsResponse.FromString,
+                _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/afterhours.v1.SessionService/ListSessions',
+                request_serializer=afterhours_dot_v1_dot_session__service__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=afterhours_dot_v1_dot_session__service__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.ListActiveSessions = channel.unary_unary(
+                '/afterhours.v1.SessionService/ListActiveSessions',
+                request_serializer=afterhours_dot_v1_dot_session__service__pb2.ListActiveSessionsRequest.SerializeToString,
+                response_deserializer=afterhours_dot_v1_dot_session__service__pb2.ListActiveSessionsResponse.FromString,
+                _registered_method=True)
+        self.WatchSessions = channel.unary_stream(
+                '/afterhours.v1.SessionService/WatchSessions',
+                request_serializer=afterhours_dot_v1_dot_session__service__pb2.WatchSessionsRequest.SerializeToString,
+                response_deserializer=afterhours_dot_v1_dot_session__service__pb2.WatchSessionsResponse.FromString,
+                _registered_method=True)
         self.GetExactLocation = channel.unary_unary(
                 '/afterhours.v1.SessionService/GetExactLocation',
                 request_serializer=afterhours_dot_v1_dot_session__service__pb2.GetExactLocationRequest.SerializeToString,
@@ -145,6 +165,47 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchGetSessions(self, request, context):
+        """Tells the active sessions of many users at once. Needs the scope `sessions:any`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSessions(self, request, context):
+        """Lists a user's sessions, active and ended, the newest first. Ended ones are removed some time after their end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListActiveSessions(self, request, context):
+        """Lists all active sessions, the oldest first: one that is active throughout the paging is in it exactly once. With
+        `near`, only those that are shown within `radius_meters` of it, the nearest first. Needs the scope `sessions:any`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchSessions(self, request, context):
+        """Sends every transition of sessions after `cursor`, as it happens: at least once, in order for each session, none
+        missing, across reconnects, servers and restarts. The first message, at once, is a HEARTBEAT; further ones come every
+        15 s. Of all messages the last one's cursor is where to go on from after the stream broke.
+
+        To bootstrap: watch, wait for the first HEARTBEAT, list, then apply what comes.
+
+        Needs the scope `sessions:watch` or `sessions:any`, but for the caller's own sessions. The stream ends with
+
+        - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept; bootstrap again.
+        - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
+        watch again from there.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
+        - UNAVAILABLE / SHUTTING_DOWN: watch again at once, from the last cursor; another server answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetExactLocation(self, request, context):
         """Tells where a session was started, exactly. Needs the scope `sessions:exact`. Every call is recorded, for good: who
         asked, for which session, for what purpose, when.
@@ -178,6 +239,26 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.GetSession,
                     request_deserializer=afterhours_dot_v1_dot_session__service__pb2.GetSessionRequest.FromString,
                     response_serializer=afterhours_dot_v1_dot_session__service__pb2.GetSessionResponse.SerializeToString,
+            ),
+            'BatchGetSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGetSessions,
+                    request_deserializer=afterhours_dot_v1_dot_session__service__pb2.BatchGetSessionsRequest.FromString,
+                    response_serializer=afterhours_dot_v1_dot_session__service__pb2.BatchGetSessionsResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=afterhours_dot_v1_dot_session__service__pb2.ListSessionsRequest.FromString,
+                    response_serializer=afterhours_dot_v1_dot_session__service__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'ListActiveSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListActiveSessions,
+                    request_deserializer=afterhours_dot_v1_dot_session__service__pb2.ListActiveSessionsRequest.FromString,
+                    response_serializer=afterhours_dot_v1_dot_session__service__pb2.ListActiveSessionsResponse.SerializeToString,
+            ),
+            'WatchSessions': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchSessions,
+                    request_deserializer=afterhours_dot_v1_dot_session__service__pb2.WatchSessionsRequest.FromString,
+                    response_serializer=afterhours_dot_v1_dot_session__service__pb2.WatchSessionsResponse.SerializeToString,
             ),
             'GetExactLocation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetExactLocation,
@@ -311,6 +392,114 @@ class SessionService:
             '/afterhours.v1.SessionService/GetSession',
             afterhours_dot_v1_dot_session__service__pb2.GetSessionRequest.SerializeToString,
             afterhours_dot_v1_dot_session__service__pb2.GetSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchGetSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afterhours.v1.SessionService/BatchGetSessions',
+            afterhours_dot_v1_dot_session__service__pb2.BatchGetSessionsRequest.SerializeToString,
+            afterhours_dot_v1_dot_session__service__pb2.BatchGetSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afterhours.v1.SessionService/ListSessions',
+            afterhours_dot_v1_dot_session__service__pb2.ListSessionsRequest.SerializeToString,
+            afterhours_dot_v1_dot_session__service__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListActiveSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afterhours.v1.SessionService/ListActiveSessions',
+            afterhours_dot_v1_dot_session__service__pb2.ListActiveSessionsRequest.SerializeToString,
+            afterhours_dot_v1_dot_session__service__pb2.ListActiveSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/afterhours.v1.SessionService/WatchSessions',
+            afterhours_dot_v1_dot_session__service__pb2.WatchSessionsRequest.SerializeToString,
+            afterhours_dot_v1_dot_session__service__pb2.WatchSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

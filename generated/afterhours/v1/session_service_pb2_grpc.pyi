@@ -79,6 +79,29 @@ class SessionServiceStub:
     """
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]
     """Tells the user's active session. None is no error: `active` is false then."""
+    BatchGetSessions: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.BatchGetSessionsRequest, _session_service_pb2.BatchGetSessionsResponse]
+    """Tells the active sessions of many users at once. Needs the scope `sessions:any`."""
+    ListSessions: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListSessionsRequest, _session_service_pb2.ListSessionsResponse]
+    """Lists a user's sessions, active and ended, the newest first. Ended ones are removed some time after their end."""
+    ListActiveSessions: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListActiveSessionsRequest, _session_service_pb2.ListActiveSessionsResponse]
+    """Lists all active sessions, the oldest first: one that is active throughout the paging is in it exactly once. With
+    `near`, only those that are shown within `radius_meters` of it, the nearest first. Needs the scope `sessions:any`.
+    """
+    WatchSessions: _grpc.UnaryStreamMultiCallable[_session_service_pb2.WatchSessionsRequest, _session_service_pb2.WatchSessionsResponse]
+    """Sends every transition of sessions after `cursor`, as it happens: at least once, in order for each session, none
+    missing, across reconnects, servers and restarts. The first message, at once, is a HEARTBEAT; further ones come every
+    15 s. Of all messages the last one's cursor is where to go on from after the stream broke.
+
+    To bootstrap: watch, wait for the first HEARTBEAT, list, then apply what comes.
+
+    Needs the scope `sessions:watch` or `sessions:any`, but for the caller's own sessions. The stream ends with
+
+    - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept; bootstrap again.
+    - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
+      watch again from there.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
+    - UNAVAILABLE / SHUTTING_DOWN: watch again at once, from the last cursor; another server answers.
+    """
     GetExactLocation: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetExactLocationRequest, _session_service_pb2.GetExactLocationResponse]
     """Tells where a session was started, exactly. Needs the scope `sessions:exact`. Every call is recorded, for good: who
     asked, for which session, for what purpose, when.
@@ -138,6 +161,29 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """
     GetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Tells the user's active session. None is no error: `active` is false then."""
+    BatchGetSessions: _aio.UnaryUnaryMultiCallable[_session_service_pb2.BatchGetSessionsRequest, _session_service_pb2.BatchGetSessionsResponse]  # type: ignore[assignment]
+    """Tells the active sessions of many users at once. Needs the scope `sessions:any`."""
+    ListSessions: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListSessionsRequest, _session_service_pb2.ListSessionsResponse]  # type: ignore[assignment]
+    """Lists a user's sessions, active and ended, the newest first. Ended ones are removed some time after their end."""
+    ListActiveSessions: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListActiveSessionsRequest, _session_service_pb2.ListActiveSessionsResponse]  # type: ignore[assignment]
+    """Lists all active sessions, the oldest first: one that is active throughout the paging is in it exactly once. With
+    `near`, only those that are shown within `radius_meters` of it, the nearest first. Needs the scope `sessions:any`.
+    """
+    WatchSessions: _aio.UnaryStreamMultiCallable[_session_service_pb2.WatchSessionsRequest, _session_service_pb2.WatchSessionsResponse]  # type: ignore[assignment]
+    """Sends every transition of sessions after `cursor`, as it happens: at least once, in order for each session, none
+    missing, across reconnects, servers and restarts. The first message, at once, is a HEARTBEAT; further ones come every
+    15 s. Of all messages the last one's cursor is where to go on from after the stream broke.
+
+    To bootstrap: watch, wait for the first HEARTBEAT, list, then apply what comes.
+
+    Needs the scope `sessions:watch` or `sessions:any`, but for the caller's own sessions. The stream ends with
+
+    - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept; bootstrap again.
+    - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
+      watch again from there.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
+    - UNAVAILABLE / SHUTTING_DOWN: watch again at once, from the last cursor; another server answers.
+    """
     GetExactLocation: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetExactLocationRequest, _session_service_pb2.GetExactLocationResponse]  # type: ignore[assignment]
     """Tells where a session was started, exactly. Needs the scope `sessions:exact`. Every call is recorded, for good: who
     asked, for which session, for what purpose, when.
@@ -218,6 +264,53 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.GetSessionResponse, _abc.Awaitable[_session_service_pb2.GetSessionResponse]]:
         """Tells the user's active session. None is no error: `active` is false then."""
+
+    @_abc_1.abstractmethod
+    def BatchGetSessions(
+        self,
+        request: _session_service_pb2.BatchGetSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.BatchGetSessionsResponse, _abc.Awaitable[_session_service_pb2.BatchGetSessionsResponse]]:
+        """Tells the active sessions of many users at once. Needs the scope `sessions:any`."""
+
+    @_abc_1.abstractmethod
+    def ListSessions(
+        self,
+        request: _session_service_pb2.ListSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.ListSessionsResponse, _abc.Awaitable[_session_service_pb2.ListSessionsResponse]]:
+        """Lists a user's sessions, active and ended, the newest first. Ended ones are removed some time after their end."""
+
+    @_abc_1.abstractmethod
+    def ListActiveSessions(
+        self,
+        request: _session_service_pb2.ListActiveSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.ListActiveSessionsResponse, _abc.Awaitable[_session_service_pb2.ListActiveSessionsResponse]]:
+        """Lists all active sessions, the oldest first: one that is active throughout the paging is in it exactly once. With
+        `near`, only those that are shown within `radius_meters` of it, the nearest first. Needs the scope `sessions:any`.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchSessions(
+        self,
+        request: _session_service_pb2.WatchSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_session_service_pb2.WatchSessionsResponse], _abc.AsyncIterator[_session_service_pb2.WatchSessionsResponse]]:
+        """Sends every transition of sessions after `cursor`, as it happens: at least once, in order for each session, none
+        missing, across reconnects, servers and restarts. The first message, at once, is a HEARTBEAT; further ones come every
+        15 s. Of all messages the last one's cursor is where to go on from after the stream broke.
+
+        To bootstrap: watch, wait for the first HEARTBEAT, list, then apply what comes.
+
+        Needs the scope `sessions:watch` or `sessions:any`, but for the caller's own sessions. The stream ends with
+
+        - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept; bootstrap again.
+        - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
+          watch again from there.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
+        - UNAVAILABLE / SHUTTING_DOWN: watch again at once, from the last cursor; another server answers.
+        """
 
     @_abc_1.abstractmethod
     def GetExactLocation(

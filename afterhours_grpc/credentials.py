@@ -1,0 +1,47 @@
+"""What tells callers, and what encrypts, as the settings have it."""
+
+import structlog
+
+from afterhours_grpc import background, settings
+from afterhours_grpc.rpc import auth, certificates, tokens
+
+log = structlog.get_logger()
+
+
+class CredentialsError(Exception):
+    """Credentials cannot be checked as configured; the message is one line and says what to do."""
+
+
+async def configured(
+    config: settings.Settings, tasks: background.Background
+) -> tuple[auth.Authenticator, certificates.Encryption | None]:
+    """Give what tells callers, and what encrypts. Raise CredentialsError."""
+    authenticate: auth.Authenticator = auth.anyone
+    try:
+        expected = tokens.Expected(config.jwt_issuer, config.jwt_audience)
+        if config.auth == "jwt" and config.jwt_secret:
+            authenticate = tokens.Tokens(tokens.Secret(config.jwt_secret.get_secret_value()), expected)
+        elif config.auth == "jwt" and config.jwks_url:
+            authenticate = tokens.Tokens(await _key_set(config.jwks_url, tasks), expected)
+        elif config.auth == "mtls" and config.mtls_allow:
+            authenticate = certificates.Allowed(config.mtls_allow)
+        if not (config.tls_cert and config.tls_key):
+            if not config.on_loopback:
+                log.warning("credentials_in_the_clear", advice="set AFTERHOURS_TLS_CERT and AFTERHOURS_TLS_KEY")
+            return authenticate, None
+        return authenticate, certificates.Encryption(config.tls_cert, config.tls_key, config.tls_client_ca)
+    except (certificates.CertificateError, tokens.KeySetError) as error:
+        raise CredentialsError(str(error)) from error
+
+
+async def _key_set(url: str, tasks: background.Background) -> tokens.KeySet:
+    """Give the keys at a URL. A file must be there; an endpoint may be away, for sessions end without it."""
+    keys = tokens.KeySet(url)
+    try:
+        await keys.refresh()
+    except tokens.KeySetError as error:
+        if url.startswith("file:"):
+            raise
+        log.error("jwks_unavailable", error=str(error))
+    tasks.keep("key set", keys.run)
+    return keys

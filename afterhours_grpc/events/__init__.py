@@ -1,0 +1,1 @@
+"""The events of sessions: put into places, and told to those who watch."""

@@ -1,0 +1,680 @@
+"""The watch: every transition, in order, none missing, whoever caused it, whatever broke."""
+
+import asyncio
+import base64
+import collections
+import collections.abc
+import contextlib
+import datetime
+import random
+import signal
+import time
+import typing
+
+import asyncpg
+import grpc
+import keys
+import pytest
+import redis.asyncio
+import replicas
+from afterhours.v1 import session_event_pb2, session_pb2, session_service_pb2
+
+from afterhours_grpc.events import feed
+from afterhours_grpc.store import outbox
+
+JWT = {"AFTERHOURS_AUTH": "jwt", "AFTERHOURS_JWT_SECRET": keys.SECRET}
+HEARTBEAT = "HEARTBEAT"
+
+
+def name(event: session_event_pb2.SessionEvent) -> str:
+    """Give the name of an event's type."""
+    return session_event_pb2.SessionEventType.Name(event.type).removeprefix("SESSION_EVENT_TYPE_")
+
+
+class Watch:
+    """A stream of events, whose first heartbeat has come."""
+
+    def __init__(self, client: replicas.Client, user_ids: collections.abc.Iterable[str] = (), cursor: str = "") -> None:
+        request = session_service_pb2.WatchSessionsRequest(user_ids=user_ids, cursor=cursor)
+        self._call: typing.Any = client.sessions.WatchSessions(request)
+        self._reading: asyncio.Task[typing.Any] | None = None
+        self.cursor = cursor
+
+    async def next(self, within: float = 5) -> session_event_pb2.SessionEvent:
+        """Give the next message."""
+        # Not wait_for, for a reading that is cancelled ends the call.
+        self._reading = self._reading or asyncio.ensure_future(self._call.read())
+        await asyncio.wait({self._reading}, timeout=within)
+        if not self._reading.done():
+            raise TimeoutError
+        reading, self._reading = self._reading, None
+        response = await reading
+        if response is grpc.aio.EOF:
+            raise await self._failure()
+        event: session_event_pb2.SessionEvent = response.event
+        assert event.cursor
+        self.cursor = event.cursor
+        return event
+
+    async def _failure(self) -> BaseException:
+        code, details = await self._call.code(), await self._call.details()
+        return grpc.aio.AioRpcError(
+            code, await self._call.initial_metadata(), await self._call.trailing_metadata(), details
+        )
+
+    async def events(self, count: int, within: float = 10) -> list[session_event_pb2.SessionEvent]:
+        """Give the next events, without heartbeats."""
+        found: list[session_event_pb2.SessionEvent] = []
+        async with asyncio.timeout(within):
+            while len(found) < count:
+                event = await self.next(within)
+                if name(event) != HEARTBEAT:
+                    found.append(event)
+        return found
+
+    async def silent(self, seconds: float = 0.5) -> None:
+        """Check that nothing comes but heartbeats."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while name(await self.next(60)) == HEARTBEAT:
+                    pass
+                raise AssertionError("an event came")
+
+    def cancel(self) -> None:
+        """End it."""
+        self._call.cancel()
+
+
+@contextlib.asynccontextmanager
+async def watching(
+    client: replicas.Client, user_ids: collections.abc.Iterable[str] = (), cursor: str = ""
+) -> collections.abc.AsyncIterator[Watch]:
+    """Watch, once the first heartbeat has come."""
+    watch = Watch(client, user_ids, cursor)
+    try:
+        first = await watch.next()
+        assert name(first) == HEARTBEAT
+        assert not first.HasField("session")
+        yield watch
+    finally:
+        watch.cancel()
+
+
+def told(events: list[session_event_pb2.SessionEvent]) -> list[tuple[str, str, str]]:
+    """Give the types, users and end reasons of events."""
+    return [
+        (
+            name(each),
+            each.session.user_id,
+            session_pb2.EndReason.Name(each.session.end_reason).removeprefix("END_REASON_"),
+        )
+        for each in events
+    ]
+
+
+NONE = "UNSPECIFIED"
+
+
+@pytest.mark.front_door
+async def test_every_transition_whoever_caused_it(engines: replicas.Engines) -> None:
+    """Start, extension, end, expiry, a removed profile, a closed gate and an operator's end come as they happen."""
+    async with replicas.replica(engines, AFTERHOURS_GATES="consent") as (_, client), watching(client) as watch:
+        for user_id in ("ada", "bob", "eve", "joe"):
+            await client.put_profile(user_id, location_consent=True)
+        started = await client.start("ada")
+        extended = await client.extend("ada")
+        ended = await client.end("ada")
+        events = await watch.events(3)
+        assert told(events) == [("STARTED", "ada", NONE), ("EXTENDED", "ada", NONE), ("ENDED", "ada", "USER")]
+        assert [each.session for each in events] == [started, extended, ended]
+        assert events[0].event_time == started.start_time
+        assert events[2].event_time == ended.end_time
+        assert started.start_time.ToDatetime() < events[1].event_time.ToDatetime() <= ended.end_time.ToDatetime()
+
+        short = await client.start("ada", 2)
+        await client.start("bob")
+        await client.delete_profile("bob")
+        await client.start("eve")
+        await client.put_profile("eve")
+        await client.start("joe")
+        operator = await replicas.Process(engines.environment(), "end", "joe").start()
+        assert await operator.wait() == 0
+        events = await watch.events(8)
+        assert collections.Counter(told(events)) == {
+            ("STARTED", "ada", NONE): 1,
+            ("ENDED", "ada", "EXPIRED"): 1,
+            ("STARTED", "bob", NONE): 1,
+            ("ENDED", "bob", "PROFILE_REMOVED"): 1,
+            ("STARTED", "eve", NONE): 1,
+            ("ENDED", "eve", "INELIGIBLE"): 1,
+            ("STARTED", "joe", NONE): 1,
+            ("ENDED", "joe", "ADMIN"): 1,
+        }
+        expired = next(each for each in events if each.session.id == short.id and name(each) == "ENDED")
+        assert expired.event_time == expired.session.end_time == short.expire_time
+        # A start closes what nothing has swept yet.
+        assert await engines.rows("SELECT FROM after_hours_outbox") == []
+
+
+@pytest.mark.front_door
+async def test_refused_and_replayed_calls_leave_no_event(engines: replicas.Engines) -> None:
+    """What changed nothing is no event, and what was replayed is none again."""
+    async with replicas.replica(engines) as (_, client), watching(client) as watch:
+        await replicas.refused(client.start("ada"))
+        await client.put_profile("ada")
+        first = replicas.request_id()
+        await client.start("ada", request_id=first)
+        await client.start("ada", request_id=first)
+        await replicas.refused(client.start("ada"))
+        await client.end("ada")
+        await replicas.refused(client.end("ada"))
+        assert [kind for kind, _, _ in told(await watch.events(2))] == ["STARTED", "ENDED"]
+        await watch.silent()
+
+
+@pytest.mark.front_door
+async def test_from_now_on_from_a_cursor_and_of_some_users(engines: replicas.Engines) -> None:
+    """An empty cursor means now; another one goes on after it, with other users, too, and on another server."""
+    async with replicas.replica(engines) as (_, client), replicas.replica(engines) as (_, other):
+        for user_id in ("ada", "bob"):
+            await client.put_profile(user_id)
+        async with watching(client) as watch:
+            beginning = watch.cursor
+            await client.start("ada")
+            [first] = await watch.events(1)
+            await client.start("bob")
+        async with watching(other, cursor=first.cursor) as watch:
+            assert told(await watch.events(1)) == [("STARTED", "bob", NONE)]
+        async with watching(other) as watch, watching(client, ["ada", "nobody"]) as of_ada:
+            await client.end("bob")
+            await client.end("ada")
+            assert told(await watch.events(2)) == [("ENDED", "bob", "USER"), ("ENDED", "ada", "USER")]
+            assert told(await of_ada.events(1)) == [("ENDED", "ada", "USER")]
+        async with watching(other, ["bob"], beginning) as watch:
+            assert told(await watch.events(2)) == [("STARTED", "bob", NONE), ("ENDED", "bob", "USER")]
+            await watch.silent()
+
+
+async def test_heartbeats(engines: replicas.Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come by themselves, with a cursor that has passed what concerned others."""
+    monkeypatch.setattr(feed, "HEARTBEAT", 0.3)
+    async with replicas.replica(engines) as (_, client), watching(client, ["nobody"]) as watch:
+        first = watch.cursor
+        await client.put_profile("ada")
+        await client.start("ada")
+        began = time.monotonic()
+        beats = [await watch.next() for _ in range(4)]
+        assert {name(each) for each in beats} == {HEARTBEAT}
+        assert 1.0 < time.monotonic() - began < 3
+        assert beats[-1].cursor != first
+        assert abs(beats[-1].event_time.ToDatetime(datetime.UTC) - datetime.datetime.now(datetime.UTC)).seconds < 2
+        async with watching(client, cursor=beats[-1].cursor) as later:
+            await later.silent(0.4)
+
+
+@pytest.mark.parametrize(
+    "cursor", ["x", "é", "AAAA", base64.urlsafe_b64encode(b"1" + (10**6).to_bytes(8, "big")).decode().rstrip("=")]
+)
+async def test_a_cursor_that_is_none(engines: replicas.Engines, cursor: str) -> None:
+    """What is no cursor, or one of a time to come, is refused by name."""
+    async with replicas.replica(engines) as (_, client):
+        refusal = await replicas.refused(Watch(client, cursor=cursor).next())
+        assert refusal.reason == "INVALID_REQUEST"
+        assert [each.field for each in refusal.details["BadRequest"].field_violations] == ["cursor"]
+        many = await replicas.refused(Watch(client, [f"user {number}" for number in range(1001)]).next())
+        assert [each.field for each in many.details["BadRequest"].field_violations] == ["user_ids"]
+
+
+@pytest.mark.store
+async def test_a_cursor_that_is_too_old(engines: replicas.Engines) -> None:
+    """Events are removed after their retention, in their order; a cursor before what is kept is CURSOR_EXPIRED."""
+    settings = {"AFTERHOURS_EVENT_RETENTION": "7d", "AFTERHOURS_RECONCILE_INTERVAL": "1s"}
+    async with replicas.replica(engines, **settings) as (_, client):
+        await client.put_profile("ada")
+        async with watching(client) as watch:
+            beginning = watch.cursor
+            for _ in range(5):
+                await client.start("ada")
+                await client.end("ada")
+            events = await watch.events(10)
+        assert len(await engines.rows("SELECT FROM after_hours_events")) == 10
+        await engines.rows(
+            "UPDATE after_hours_events SET placed_at = placed_at - interval '7 days' WHERE position <= 6"
+        )
+
+        async def removed() -> bool:
+            return len(await engines.rows("SELECT FROM after_hours_events")) == 4
+
+        await replicas.eventually(removed, within=5)
+        for cursor, user_ids in ((beginning, []), (events[4].cursor, []), (beginning, ["ada"]), (beginning, ["eve"])):
+            watch = Watch(client, user_ids, cursor)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                assert name(await watch.next()) == HEARTBEAT
+            refusal = await replicas.refused(watch.next())
+            assert (refusal.code, refusal.reason) == ("OUT_OF_RANGE", "CURSOR_EXPIRED")
+        async with watching(client, cursor=events[5].cursor) as watch:
+            assert await watch.events(4) == events[6:]
+        await engines.rows("UPDATE after_hours_events SET placed_at = placed_at - interval '7 days'")
+        await replicas.eventually(lambda: _none(engines, "after_hours_events"), within=5)
+        watch = Watch(client, cursor=events[5].cursor)
+        await watch.next()
+        assert (await replicas.refused(watch.next())).reason == "CURSOR_EXPIRED"
+        async with watching(client, cursor=events[9].cursor) as watch:
+            await client.start("ada")
+            assert told(await watch.events(1)) == [("STARTED", "ada", NONE)]
+
+
+async def _none(engines: replicas.Engines, table: str) -> bool:
+    return await engines.rows(f"SELECT FROM {table}") == []
+
+
+async def test_who_may_watch(engines: replicas.Engines) -> None:
+    """The own user without a scope, named or not; everybody with one; and nobody without credentials."""
+    async with (
+        replicas.replica(engines, **JWT) as (service, anybody),
+        replicas.Client(service.address, keys.token("root", keys.EVERYTHING)) as root,
+        replicas.Client(service.address, keys.token("ada")) as ada,
+        replicas.Client(service.address, keys.token("chat", "sessions:watch")) as chat,
+        replicas.Client(service.address, keys.token("gateway", "sessions:any")) as gateway,
+        replicas.Client(service.address, keys.token("officer", "sessions:exact profiles:write")) as officer,
+    ):
+        for user_id in ("ada", "bob"):
+            await root.put_profile(user_id)
+        assert (await replicas.refused(Watch(anybody).next())).reason == "UNAUTHENTICATED"
+        for client, user_ids in ((ada, ["bob"]), (ada, ["ada", "bob"]), (officer, ["ada"])):
+            assert (await replicas.refused(Watch(client, user_ids).next())).reason == "FORBIDDEN"
+        assert (await replicas.refused(chat.get("ada"))).reason == "FORBIDDEN"
+        async with (
+            watching(ada) as own,
+            watching(ada, ["ada"]) as named,
+            watching(chat) as of_all,
+            watching(gateway, ["bob"]) as of_bob,
+        ):
+            await root.start("bob")
+            await root.start("ada")
+            assert told(await own.events(1)) == told(await named.events(1)) == [("STARTED", "ada", NONE)]
+            assert len(await of_all.events(2)) == 2
+            assert told(await of_bob.events(1)) == [("STARTED", "bob", NONE)]
+
+
+@pytest.mark.front_door
+async def test_a_stream_ends_with_its_token(engines: replicas.Engines) -> None:
+    """At the token's exp the stream ends as UNAUTHENTICATED, whether or not events come."""
+    async with (
+        replicas.replica(engines, **JWT) as (service, _),
+        replicas.Client(service.address, keys.token("ada", exp=time.time() + 1.5)) as client,
+        watching(client) as watch,
+    ):
+        began = time.monotonic()
+        refusal = await replicas.refused(watch.next())
+        assert (refusal.code, refusal.reason) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
+        assert 0.5 < time.monotonic() - began < 3
+
+
+@pytest.mark.front_door
+async def test_a_shutdown_ends_streams_at_once(engines: replicas.Engines) -> None:
+    """On SIGTERM streams end as SHUTTING_DOWN, and go on elsewhere from their cursors."""
+    async with replicas.replica(engines) as (_, other), replicas.process(engines) as (process, client):
+        await other.put_profile("ada")
+        async with watching(client) as watch:
+            process.signal(signal.SIGTERM)
+            refusal = await replicas.refused(watch.next())
+            assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
+        assert await process.wait() == 0
+        await other.start("ada")
+        async with watching(other, cursor=watch.cursor) as again:
+            assert told(await again.events(1)) == [("STARTED", "ada", NONE)]
+
+
+@pytest.mark.store
+@pytest.mark.parametrize("where", ["elsewhere", "a transition"])
+async def test_a_transaction_that_stays_open_stops_nobody(engines: replicas.Engines, where: str) -> None:
+    """An open transaction, even with an event of its own in it, delays no other; its event comes when it commits."""
+    async with replicas.replica(engines) as (_, client), watching(client) as watch:
+        for user_id in ("ada", "bob"):
+            await client.put_profile(user_id)
+        await client.start("ada")
+        await watch.events(1)
+        connection = await asyncpg.connect(engines.database_url)
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("CREATE TABLE elsewhere (id int)")
+        if where == "a transition":
+            await connection.execute(
+                "INSERT INTO after_hours_outbox (type, happened_at, session_id, user_id, started_at, expires_at)"
+                " SELECT 'EXTENDED', now(), id, user_id, started_at, expires_at FROM after_hours_sessions"
+            )
+        for _ in range(20):
+            await client.start("bob")
+            await client.end("bob")
+        others = await watch.events(40)
+        assert {each.session.user_id for each in others} == {"bob"}
+        cursor = watch.cursor
+        await transaction.commit()
+        await connection.close()
+        if where == "a transition":
+            assert told(await watch.events(1)) == [("EXTENDED", "ada", NONE)]
+            async with watching(client, cursor=cursor) as later:
+                assert told(await later.events(1)) == [("EXTENDED", "ada", NONE)]
+        else:
+            await watch.silent()
+
+
+async def _collected(watchers: list[tuple[Watch, list[session_event_pb2.SessionEvent]]], done: asyncio.Event) -> None:
+    async def collect(watch: Watch, into: list[session_event_pb2.SessionEvent]) -> None:
+        while not done.is_set():
+            with contextlib.suppress(TimeoutError):
+                event = await watch.next(0.5)
+                if name(event) != HEARTBEAT:
+                    into.append(event)
+
+    await asyncio.gather(*(collect(*each) for each in watchers))
+
+
+async def _table(engines: replicas.Engines) -> collections.Counter[tuple[str, str]]:
+    """Give what the sessions say must have happened: a start of each, and its end."""
+    rows = await engines.rows("SELECT id, ended_at FROM after_hours_sessions")
+    expected = collections.Counter(("STARTED", str(row["id"])) for row in rows)
+    expected.update(("ENDED", str(row["id"])) for row in rows if row["ended_at"])
+    return expected
+
+
+async def test_sixteen_writers_a_held_transaction_and_streams_that_break(engines: replicas.Engines) -> None:
+    """Of all that 16 writers on two servers do, a watch that breaks at random, and goes on, misses nothing."""
+    chance = random.Random(9)
+    async with (
+        replicas.replica(engines) as (_, one),
+        replicas.replica(engines) as (_, other),
+        replicas.locked(engines, "SELECT pg_current_xact_id()"),
+    ):
+        users = [f"user {number}" for number in range(64)]
+        await asyncio.gather(*(one.put_profile(user) for user in users))
+        seen: list[session_event_pb2.SessionEvent] = []
+        done = asyncio.Event()
+        extended = 0
+
+        async def write(number: int) -> None:
+            nonlocal extended
+            for _ in range(25):
+                client, user = chance.choice((one, other)), users[number * 4 + chance.randint(0, 3)]
+                await client.start(user)
+                if chance.random() < 0.3:
+                    await client.extend(user)
+                    extended += 1
+                await client.end(user)
+
+        async def watch() -> None:
+            first = Watch(one)
+            cursor = (await first.next()).cursor
+            first.cancel()
+            started.set()
+            while not done.is_set():
+                async with watching(chance.choice((one, other)), cursor=cursor) as stream:
+                    for _ in range(chance.randint(1, 120)):
+                        with contextlib.suppress(TimeoutError):
+                            event = await stream.next(1)
+                            if name(event) != HEARTBEAT:
+                                seen.append(event)
+                        cursor = stream.cursor
+                        if done.is_set():
+                            break
+
+        started = asyncio.Event()
+        watcher = asyncio.create_task(watch())
+        await started.wait()
+        await asyncio.gather(*(write(number) for number in range(16)))
+        expected = await _table(engines)
+
+        async def complete() -> bool:
+            return len({each.cursor for each in seen}) >= sum(expected.values()) + extended
+
+        await replicas.eventually(complete, within=20)
+        done.set()
+        await watcher
+        _check(seen, expected, extended)
+
+
+def _check(
+    seen: list[session_event_pb2.SessionEvent], expected: collections.Counter[tuple[str, str]], extended: int
+) -> None:
+    """Check that after leaving out repeats all came once, and those of each session in order."""
+    once = {each.cursor: each for each in seen}
+    found = collections.Counter((name(each), each.session.id) for each in once.values())
+    assert sum(count for (kind, _), count in found.items() if kind == "EXTENDED") == extended
+    assert {key: count for key, count in found.items() if key[0] not in {"EXTENDED", "EXPIRING"}} == dict(expected)
+    orders = collections.defaultdict(list)
+    for each in once.values():
+        orders[each.session.id].append(name(each))
+    for order in orders.values():
+        assert order[0] == "STARTED"
+        assert "ENDED" not in order[:-1]
+
+
+async def test_kills_of_replicas_leave_no_gap(engines: replicas.Engines) -> None:
+    """Replicas that are killed under load, at any point, lose no event of what was committed."""
+    seen: list[session_event_pb2.SessionEvent] = []
+    async with replicas.replica(engines) as (_, client):
+        users = [f"user {number}" for number in range(40)]
+        await asyncio.gather(*(client.put_profile(user) for user in users))
+        async with watching(client) as stream:
+            done = asyncio.Event()
+            collecting = asyncio.create_task(_collected([(stream, seen)], done))
+            for _ in range(3):
+                async with replicas.process(engines) as (process, doomed):
+                    calls = [asyncio.create_task(replicas.outcome(doomed.start(user))) for user in users]
+                    calls += [asyncio.create_task(replicas.outcome(doomed.end(user))) for user in users]
+                    await asyncio.sleep(0.15)
+                    process.signal(signal.SIGKILL)
+                    await asyncio.gather(*calls)
+            for user in users:
+                await replicas.outcome(client.end(user))
+            expected = await _table(engines)
+
+            async def complete() -> bool:
+                return len(seen) >= sum(expected.values())
+
+            await replicas.eventually(complete, within=5)
+            done.set()
+            await collecting
+            _check(seen, expected, 0)
+
+
+async def test_postgres_drops_every_connection(engines: replicas.Engines) -> None:
+    """A watch whose server loses its connections, that of its notifications too, goes on."""
+    async with replicas.replica(engines) as (_, client), watching(client) as watch:
+        await client.put_profile("ada")
+        for _ in range(3):
+            await client.start("ada")
+            await client.end("ada")
+            await engines.rows(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE pid <> pg_backend_pid() AND datname = current_database()"
+            )
+            await replicas.eventually(lambda: _answers(client), within=5)
+        assert [kind for kind, _, _ in told(await watch.events(6))] == 3 * ["STARTED", "ENDED"]
+
+
+async def _answers(client: replicas.Client) -> bool:
+    return not isinstance(await replicas.outcome(client.get("ada")), replicas.Refusal)
+
+
+async def test_a_slow_reader_is_told_and_harms_nobody(engines: replicas.Engines) -> None:
+    """Who does not read is given bounded memory, and then SLOW_CONSUMER with the cursor to go on from."""
+    async with (
+        replicas.replica(engines) as (service, client),
+        # Else its library reads megabytes ahead.
+        replicas.Client(service.address, further=[("grpc.http2.bdp_probe", 0)]) as stalling,
+        watching(client) as watch,
+    ):
+        slow = Watch(stalling)
+        assert name(await slow.next()) == HEARTBEAT
+        users = [f"user {number}" for number in range(250)]
+        await asyncio.gather(*(client.put_profile(user) for user in users))
+        seen: list[session_event_pb2.SessionEvent] = []
+        done = asyncio.Event()
+        collecting = asyncio.create_task(_collected([(watch, seen)], done))
+        for _ in range(12):
+            await asyncio.gather(*(client.start(user) for user in users))
+            await asyncio.gather(*(client.end(user) for user in users))
+
+        async def complete() -> bool:
+            return len(seen) == 6_000
+
+        await replicas.eventually(complete, within=20)
+        done.set()
+        await collecting
+        read = 0
+        while not isinstance(refusal := await replicas.outcome(slow.next()), replicas.Refusal):
+            assert name(refusal) != HEARTBEAT
+            read += 1
+        assert (refusal.code, refusal.reason) == ("RESOURCE_EXHAUSTED", "SLOW_CONSUMER")
+        assert refusal.metadata["cursor"] == slow.cursor
+        assert read < 5_000
+        async with watching(client, cursor=slow.cursor) as again:
+            assert await again.events(6_000 - read, within=30) == seen[read:]
+
+
+@pytest.mark.front_door
+async def test_a_thousand_watchers(engines: replicas.Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 watchers on one server all get what is theirs, and share one reading of the events."""
+    readings = 0
+    read = outbox.Outbox.after
+
+    async def counted(*arguments: typing.Any) -> list[outbox.Event]:
+        nonlocal readings
+        readings += 1
+        return await read(*arguments)
+
+    monkeypatch.setattr(outbox.Outbox, "after", counted)
+    async with replicas.replica(engines) as (_, client), contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(replicas.Client(client.address)) for _ in range(10)]
+        users = [f"user {number}" for number in range(1000)]
+        await asyncio.gather(*(client.put_profile(user) for user in users))
+        watches = [Watch(clients[number % 10], [user]) for number, user in enumerate(users)]
+        for each in watches:
+            stack.callback(each.cancel)
+        assert {name(each) for each in await asyncio.gather(*(watch.next(20) for watch in watches))} == {HEARTBEAT}
+        await asyncio.gather(*(client.start(user) for user in users))
+        events = await asyncio.gather(*(watch.events(1, 20) for watch in watches))
+        assert [told(each) for each in events] == [[("STARTED", user, NONE)] for user in users]
+    assert 0 < readings < 100
+
+
+@pytest.mark.store
+async def test_warnings(engines: replicas.Engines) -> None:
+    """EXPIRING comes once, a lead before the end, moves with an extension, and is left out where less is left."""
+    settings = {"AFTERHOURS_WARNING_LEAD": "3s", "AFTERHOURS_DURATIONS": "2s,3s,4s,5s"}
+    async with (
+        replicas.replica(engines, **settings) as (_, client),
+        replicas.replica(engines, **settings) as (_, other),
+        watching(other) as watch,
+    ):
+        for user_id in ("ada", "bob", "eve"):
+            await client.put_profile(user_id)
+        ada, bob, eve = await client.start("ada", 4), await client.start("bob", 2), await client.start("eve", 5)
+        moved = await client.extend("eve", 2)
+        events = await watch.events(4)
+        # One second after its start, and not again.
+        [warned] = await watch.events(1, within=3)
+        assert (name(warned), warned.session.id, warned.session.expire_time) == ("EXPIRING", ada.id, ada.expire_time)
+        assert 3 > warned.session.remaining.ToTimedelta().total_seconds() > 2
+        later = await watch.events(4, within=10)
+        assert told([each for each in later if each.session.id == bob.id]) == [("ENDED", "bob", "EXPIRED")]
+        assert told([each for each in later if each.session.id == ada.id]) == [("ENDED", "ada", "EXPIRED")]
+        of_eve = [each for each in later if each.session.id == eve.id]
+        assert [name(each) for each in of_eve] == ["EXPIRING", "ENDED"]
+        assert of_eve[0].session.expire_time == moved.expire_time
+        assert len(events) == 4
+        await watch.silent()
+
+
+@pytest.mark.store
+async def test_a_warning_for_each_end(engines: replicas.Engines) -> None:
+    """After a warning an extension brings another one; an end takes it away; a lead of 0 turns warnings off."""
+    settings = {"AFTERHOURS_WARNING_LEAD": "3s", "AFTERHOURS_DURATIONS": "4s,15m"}
+    async with replicas.replica(engines, **settings) as (_, client), watching(client) as watch:
+        for user_id in ("ada", "bob"):
+            await client.put_profile(user_id)
+        await client.start("ada", 4)
+        await client.start("bob", 4)
+        await client.end("bob")
+        events = await watch.events(4)
+        assert [name(each) for each in events] == ["STARTED", "STARTED", "ENDED", "EXPIRING"]
+        await client.extend("ada", 4)
+        assert [name(each) for each in await watch.events(2)] == ["EXTENDED", "EXPIRING"]
+        await client.extend("ada", 900)
+        assert len(await _warnings(engines)) == 1
+        await client.end("ada")
+        assert [name(each) for each in await watch.events(2)] == ["EXTENDED", "ENDED"]
+
+        async def gone() -> bool:
+            return await _warnings(engines) == []
+
+        await replicas.eventually(gone, within=2)
+    async with replicas.replica(engines, AFTERHOURS_WARNING_LEAD="0") as (_, client):
+        await client.start("ada")
+        assert await _warnings(engines) == []
+
+
+async def _warnings(engines: replicas.Engines) -> list[str]:
+    async with redis.asyncio.Redis.from_url(engines.redis_url, decode_responses=True) as connection:
+        found = typing.cast("list[str]", await connection.zrange("afterhours:warnings", 0, -1))
+    assert all(each.startswith("session:warn:") for each in found)
+    return found
+
+
+@pytest.mark.store
+async def test_warnings_survive_redis(engines: replicas.Engines) -> None:
+    """A warning whose timer Redis lost, or doubled, comes by the sweep, once."""
+    settings = {"AFTERHOURS_WARNING_LEAD": "3s", "AFTERHOURS_DURATIONS": "5s", "AFTERHOURS_RECONCILE_INTERVAL": "1s"}
+    async with (
+        replicas.replica(engines, **settings) as (_, client),
+        watching(client) as watch,
+        redis.asyncio.Redis.from_url(engines.redis_url) as connection,
+    ):
+        for user_id in ("ada", "bob"):
+            await client.put_profile(user_id)
+        await client.start("ada", 5)
+        bob = await client.start("bob", 5)
+        await connection.flushall()
+        # Too early, and foreign.
+        foreign = [f"session:warn:{bob.id}".encode(), b"session:warn:nobody", b"\xff"]
+        await connection.zadd("afterhours:warnings", dict.fromkeys(foreign, 1))
+        events = await watch.events(6, within=10)
+        assert collections.Counter(name(each) for each in events) == {"STARTED": 2, "EXPIRING": 2, "ENDED": 2}
+        for each in events:
+            if name(each) == "EXPIRING":
+                assert each.session.remaining.ToTimedelta().total_seconds() < 3
+
+
+async def test_an_erased_user(engines: replicas.Engines) -> None:
+    """What events say of an erased user is gone, for those who come later, too; the end that it caused is told."""
+    async with replicas.replica(engines) as (_, client):
+        for user_id in ("ada", "bob"):
+            await client.put_profile(user_id)
+        async with watching(client) as watch, watching(client, ["ada"]) as of_ada:
+            beginning = watch.cursor
+            first = await client.start("ada")
+            await client.end("ada")
+            second = await client.start("ada")
+            await client.start("bob")
+            await watch.events(4)
+            await of_ada.events(3)
+            erasing = await replicas.Process(engines.environment(), "erase-user", "ada", "--reference", "1").start()
+            assert await erasing.wait() == 0
+            for each in (watch, of_ada):
+                [ended] = await each.events(1)
+                assert told([ended]) == [("ENDED", "ada", "ADMIN")]
+                assert not ended.session.HasField("fuzzed_location")
+        async with watching(client, cursor=beginning) as later:
+            events = await later.events(5)
+        assert [(name(each), each.session.id) for each in events[:3]] == [
+            ("STARTED", first.id),
+            ("ENDED", first.id),
+            ("STARTED", second.id),
+        ]
+        assert {event.session.user_id for event in events[:3]} == {""}
+        assert not any(event.session.HasField("fuzzed_location") for event in events[:3])
+        assert told(events[3:]) == [("STARTED", "bob", NONE), ("ENDED", "ada", "ADMIN")]
+        left = await engines.rows("SELECT to_jsonb(e)::text AS row FROM after_hours_events AS e WHERE user_id = 'ada'")
+        assert len(left) == 1
