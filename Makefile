@@ -30,8 +30,13 @@ run: $(VENV)/installed ## Start the service on a Postgres and a Redis of its own
 	@exec $(BIN)/afterhours-grpc dev $(ARGS)
 
 .PHONY: test
-test: $(VENV)/installed ## Run every test, on real engines
+test: $(VENV)/installed ## Run every test, on real engines; ARGS runs some, one at a time
+ifeq ($(ARGS),)
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not alone"
+	@$(BIN)/pytest -m alone
+else
 	@$(BIN)/pytest $(ARGS)
+endif
 
 .PHONY: check
 check: check-protos check-generated check-style check-types check-imports check-schema ## Check everything but the behaviour
@@ -47,7 +52,9 @@ check-protos: $(VENV)/installed
 check-generated: $(VENV)/installed
 	@echo "buf generate, and compare with generated/"
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(BIN)/buf generate --output "$$fresh" && \
-	diff -r --exclude=__pycache__ generated "$$fresh/generated" || \
+	diff -r --exclude=__pycache__ --exclude=typescript generated "$$fresh/generated" && \
+	{ tools/generate_typescript.sh "$$fresh/typescript" || [ $$? = 3 ]; } && \
+	{ [ ! -d "$$fresh/typescript" ] || diff -r generated/typescript "$$fresh/typescript"; } || \
 	{ echo "generated/ is not what the protos give: run \`make generate\`" >&2; exit 1; }
 
 .PHONY: check-style
@@ -95,8 +102,9 @@ chaos: $(VENV)/installed ## Kill, stop and restart three replicas under load for
 	@$(BIN)/python tests/chaos.py $(ARGS)
 
 .PHONY: generate
-generate: $(VENV)/installed ## Make generated/ from protos/
-	@$(BIN)/buf generate
+generate: $(VENV)/installed ## Make generated/ from protos/; its TypeScript where there is npm
+	@rm -rf generated/afterhours && $(BIN)/buf generate
+	@tools/generate_typescript.sh generated/typescript || [ $$? = 3 ]
 
 .PHONY: baseline
 baseline: $(VENV)/installed ## At a release: take protos/ as what later ones must not break

@@ -11,7 +11,7 @@ import uuid
 
 import grpc
 import typer
-from afterhours.v1 import session_pb2, session_service_pb2, session_service_pb2_grpc
+from afterhours.v1 import session_event_pb2, session_pb2, session_service_pb2, session_service_pb2_grpc
 from google.protobuf import duration_pb2, json_format, message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -140,6 +140,34 @@ def get(connection: Connection, user: User) -> None:
     request = session_service_pb2.GetSessionRequest(user_id=user)
     with connection.stub() as stub:
         _tell(stub.GetSession(request, **connection.options), connection.as_json)
+
+
+@app.command()
+@_connected
+def watch(
+    connection: Connection,
+    users: typing.Annotated[list[str] | None, typer.Argument(help="Whose sessions; by default everybody's.")] = None,
+    cursor: typing.Annotated[str, typer.Option(help="Go on after this one; by default from now on.")] = "",
+) -> None:
+    """Print what happens to sessions as it happens, until Ctrl-C. Each line ends with its cursor."""
+    request = session_service_pb2.WatchSessionsRequest(user_ids=users or [], cursor=cursor)
+    with connection.stub() as stub, contextlib.suppress(KeyboardInterrupt):
+        for response in stub.WatchSessions(request, metadata=connection.options["metadata"]):
+            _tell_event(response.event, connection.as_json)
+
+
+def _tell_event(event: session_event_pb2.SessionEvent, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json_format.MessageToJson(event, indent=None))
+        return
+    kind = session_event_pb2.SessionEventType.Name(event.type).removeprefix("SESSION_EVENT_TYPE_")
+    told = [event.event_time.ToJsonString(), f"{kind:9}"]
+    if event.HasField("session"):
+        session = event.session
+        told += [session.id, session.user_id or "(erased)", f"expires {session.expire_time.ToJsonString()}"]
+        if session.HasField("end_time"):
+            told.append(session_pb2.EndReason.Name(session.end_reason).removeprefix("END_REASON_"))
+    typer.echo("  ".join([*told, event.cursor]))
 
 
 def _duration(text: str) -> duration_pb2.Duration:

@@ -263,7 +263,7 @@ import ctypes, signal, threading
 from afterhours_grpc import __main__
 
 def die(*_):
-    [scheduler] = [each for each in threading.enumerate() if each.name == "APScheduler"]
+    scheduler = [each for each in threading.enumerate() if each.name == "APScheduler"][WHICH]
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(scheduler.ident), ctypes.py_object(SystemExit))
 
 signal.signal(signal.SIGUSR1, die)
@@ -271,13 +271,16 @@ __main__.main()
 """
 
 
-async def test_a_process_whose_scheduler_dies_exits_and_others_fire_its_timers(engines: replicas.Engines) -> None:
+@pytest.mark.parametrize("which", [0, 1], ids=["of ends", "of warnings"])
+async def test_a_process_whose_scheduler_dies_exits_and_others_fire_its_timers(
+    engines: replicas.Engines, which: int
+) -> None:
     """When the scheduler's thread dies the process exits with status 1, and another replica ends sessions on time."""
     async with replicas.replica(engines, **TIMERS_ALONE):
         rigged = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
-            _RIGGED,
+            f"WHICH = {which}\n{_RIGGED}",
             "serve",
             env={"PATH": os.environ["PATH"], **engines.environment(**TIMERS_ALONE)},
             stdout=asyncio.subprocess.PIPE,

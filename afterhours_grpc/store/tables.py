@@ -42,10 +42,6 @@ sessions = sa.Table(
     # When its user is to be warned of its end; none once that was done, or if there is nothing to warn of.
     sa.Column("warn_at", sa.TIMESTAMP(timezone=True)),
     sa.CheckConstraint("char_length(user_id) BETWEEN 1 AND 255", name="after_hours_sessions_user_id_length"),
-    sa.CheckConstraint(
-        "warn_at < expires_at AND ended_at IS NULL OR warn_at IS NULL",
-        name="after_hours_sessions_warned_before_its_end",
-    ),
     sa.CheckConstraint("expires_at > started_at", name="after_hours_sessions_expires_after_start"),
     sa.CheckConstraint("ended_at BETWEEN started_at AND expires_at", name="after_hours_sessions_ends_within_its_time"),
     sa.CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="after_hours_sessions_ends_for_a_reason"),

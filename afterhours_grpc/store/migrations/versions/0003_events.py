@@ -53,10 +53,6 @@ def upgrade() -> None:
     op.execute("INSERT INTO after_hours_event_log (id, last_position) VALUES (1, 0)")
     op.execute("ALTER TABLE after_hours_sessions ADD COLUMN warn_at TIMESTAMP WITH TIME ZONE")
     op.execute("""
-        ALTER TABLE after_hours_sessions ADD CONSTRAINT after_hours_sessions_warned_before_its_end
-        CHECK (warn_at < expires_at AND ended_at IS NULL OR warn_at IS NULL)
-    """)
-    op.execute("""
         CREATE INDEX after_hours_sessions_warning ON after_hours_sessions (warn_at, id) WHERE warn_at > '-infinity'
     """)
     op.execute("""

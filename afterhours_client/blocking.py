@@ -1,0 +1,207 @@
+"""A client whose calls block."""
+
+import collections.abc
+import datetime
+import time
+import typing
+
+import grpc
+from afterhours.v1 import (
+    profile_pb2,
+    profile_service_pb2_grpc,
+    session_event_pb2,
+    session_pb2,
+    session_service_pb2_grpc,
+)
+from google.protobuf import message
+
+from afterhours_client import errors, requests
+
+
+class Client:
+    """A client of the servers at `target`, such as `host:port` or `dns:///host:port`.
+
+    `token` is one, or a function that gives one for each call; `credentials` are those of TLS, without which nothing is
+    encrypted. Every call has a deadline of `timeout` seconds, and raises `errors.AfterhoursError`, a class for each
+    reason. Mutations carry a `request_id`, a new one unless it is given: a call that failed may be made again with it.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: requests.Token | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout: float = requests.TIMEOUT,
+        options: collections.abc.Iterable[tuple[str, typing.Any]] = (),
+    ) -> None:
+        chosen = requests.options(options)
+        self._token = token
+        self._timeout = timeout
+        self._channel = (
+            grpc.secure_channel(target, credentials, options=chosen)
+            if credentials
+            else grpc.insecure_channel(target, options=chosen)
+        )
+        self._sessions = session_service_pb2_grpc.SessionServiceStub(self._channel)
+        self._profiles = profile_service_pb2_grpc.ProfileServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Close the channel; idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> typing.Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: typing.Any, request: message.Message, timeout: float | None = None) -> typing.Any:
+        try:
+            return method(
+                request,
+                timeout=self._timeout if timeout is None else timeout,
+                metadata=requests.metadata(self._token),
+            )
+        except grpc.RpcError as failed:
+            raise errors.AfterhoursError.of(failed) from failed
+
+    def start(
+        self,
+        user_id: str,
+        duration: datetime.timedelta,
+        place: requests.Place,
+        *,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> session_pb2.Session:
+        """Open the user's session, at a place of (latitude, longitude) in degrees."""
+        request = requests.start(user_id, duration, place, request_id)
+        return requests.session_of(self._call(self._sessions.StartSession, request, timeout))
+
+    def end(self, user_id: str, *, request_id: str | None = None, timeout: float | None = None) -> session_pb2.Session:
+        """End the user's active session."""
+        request = requests.end(user_id, request_id)
+        return requests.session_of(self._call(self._sessions.EndSession, request, timeout))
+
+    def extend(
+        self,
+        user_id: str,
+        additional: datetime.timedelta,
+        *,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> session_pb2.Session:
+        """Move the end of the user's active session."""
+        request = requests.extend(user_id, additional, request_id)
+        return requests.session_of(self._call(self._sessions.ExtendSession, request, timeout))
+
+    def get(self, user_id: str, *, timeout: float | None = None) -> session_pb2.Session | None:
+        """Read the user's active session."""
+        response = self._call(self._sessions.GetSession, requests.get(user_id), timeout)
+        return requests.session_of(response) if response.active else None
+
+    def batch_get(
+        self,
+        user_ids: collections.abc.Iterable[str],
+        *,
+        min_remaining: datetime.timedelta | None = None,
+        timeout: float | None = None,
+    ) -> list[session_pb2.Session]:
+        """Read the active sessions of at most 1,000 users."""
+        request = requests.batch(user_ids, min_remaining)
+        return list((self._call(self._sessions.BatchGetSessions, request, timeout)).sessions)
+
+    def history(self, user_id: str, *, page_size: int = 0) -> collections.abc.Iterator[session_pb2.Session]:
+        """Read the user's sessions, newest first, a page at a time."""
+        yield from self._paged(self._sessions.ListSessions, requests.history(user_id, page_size))
+
+    def active(
+        self,
+        *,
+        near: requests.Place | None = None,
+        radius_meters: float = 0,
+        min_remaining: datetime.timedelta | None = None,
+        page_size: int = 0,
+    ) -> collections.abc.Iterator[session_pb2.Session]:
+        """Read all active sessions, oldest first, or those near a place, nearest first, a page at a time."""
+        request = requests.active(near, radius_meters, min_remaining, page_size)
+        yield from self._paged(self._sessions.ListActiveSessions, request)
+
+    def _paged(self, method: typing.Any, request: requests.Paged) -> collections.abc.Iterator[session_pb2.Session]:
+        while True:
+            page = self._call(method, request)
+            yield from page.sessions
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def exact_location(self, session_id: str, purpose: str, *, timeout: float | None = None) -> session_pb2.Location:
+        """Read where a session was started; the call is recorded with its purpose."""
+        request = requests.exact_location(session_id, purpose)
+        response = self._call(self._sessions.GetExactLocation, request, timeout)
+        return typing.cast("session_pb2.Location", response.location)
+
+    def put_profile(self, profile: profile_pb2.Profile, *, timeout: float | None = None) -> profile_pb2.Profile:
+        """Create or replace a profile."""
+        response = self._call(self._profiles.PutProfile, requests.put_profile(profile), timeout)
+        return typing.cast("profile_pb2.Profile", response.profile)
+
+    def get_profile(self, user_id: str, *, timeout: float | None = None) -> profile_pb2.Profile:
+        """Read a profile."""
+        response = self._call(self._profiles.GetProfile, requests.get_profile(user_id), timeout)
+        return typing.cast("profile_pb2.Profile", response.profile)
+
+    def delete_profile(self, user_id: str, *, timeout: float | None = None) -> None:
+        """Delete a profile, and with it end an active session."""
+        self._call(self._profiles.DeleteProfile, requests.delete_profile(user_id), timeout)
+
+    def watch(self, user_ids: collections.abc.Iterable[str] = (), *, cursor: str = "") -> "Watch":
+        """Watch the sessions of at most 1,000 users, or of all, after a cursor or from now on."""
+        return Watch(self._sessions, self._token, requests.Going(user_ids, cursor, callable(self._token)))
+
+
+class Watch:
+    """The events of sessions, one after another, without end: at least once each, in order for each session.
+
+    Where the stream breaks it goes on by itself, on any server. `cursor` is where to go on from later: it belongs to
+    the event that was given last, or to a heartbeat since. Iterating raises CursorExpired and what no retry mends.
+    """
+
+    def __init__(
+        self,
+        stub: session_service_pb2_grpc.SessionServiceStub,
+        token: requests.Token | None,
+        going: requests.Going,
+    ) -> None:
+        self._stub = stub
+        self._token = token
+        self._going = going
+        self._stream: typing.Any = None
+        self._closed = False
+
+    @property
+    def cursor(self) -> str:
+        """Where the watch stands; empty before the first message."""
+        return self._going.cursor
+
+    def close(self) -> None:
+        """End the watch; idempotent."""
+        self._closed = True
+        if self._stream:
+            self._stream.cancel()
+
+    def __iter__(self) -> collections.abc.Iterator[session_event_pb2.SessionEvent]:
+        """Give the events as they come."""
+        while not self._closed:
+            failed: grpc.RpcError | None = None
+            try:
+                self._stream = self._stub.WatchSessions(self._going.request(), metadata=requests.metadata(self._token))
+                for response in self._stream:
+                    if self._going.came(response.event):
+                        yield response.event
+            except grpc.RpcError as error:
+                failed = error
+            if self._closed:
+                return
+            time.sleep(self._going.after(failed))
