@@ -39,7 +39,7 @@ class Explained(database.Database):
 
     def __init__(self, url: str, connection: asyncpg.Connection) -> None:
         super().__init__(url)
-        self._connection = connection
+        self._plain = connection
         self.milliseconds = 0.0
         self.plan = ""
 
@@ -47,9 +47,9 @@ class Explained(database.Database):
         """Run a statement, and explain it."""
         known = {**parameters, "clock_offset": self.clock_offset}
         values = [known[name] for name in statement.names]
-        explained = await self._connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement.sql}", *values)
+        explained = await self._plain.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement.sql}", *values)
         self.milliseconds += json.loads(explained)[0]["Execution Time"]
-        lines = await self._connection.fetch(f"EXPLAIN (ANALYZE, COSTS OFF) {statement.sql}", *values)
+        lines = await self._plain.fetch(f"EXPLAIN (ANALYZE, COSTS OFF) {statement.sql}", *values)
         self.plan = "\n".join(line[0] for line in lines)
         return await super().fetch(statement, **parameters)
 
