@@ -8,43 +8,18 @@ import typing
 import grpc
 from afterhours.v1 import (
     profile_pb2,
-    profile_service_pb2_grpc,
     session_event_pb2,
     session_pb2,
-    session_service_pb2_grpc,
 )
 from google.protobuf import message
 
-from afterhours_client import errors, requests
+from afterhours_client import connection, errors, requests
 
 
-class Client:
-    """A client of the servers at `target`, such as `host:port` or `dns:///host:port`.
+class Client(connection.Connection):
+    """A client whose calls block; see `connection.Connection` for what it takes."""
 
-    `token` is one, or a function that gives one for each call; `credentials` are those of TLS, without which nothing is
-    encrypted. Every call has a deadline of `timeout` seconds, and raises `errors.AfterhoursError`, a class for each
-    reason. Mutations carry a `request_id`, a new one unless it is given: a call that failed may be made again with it.
-    """
-
-    def __init__(
-        self,
-        target: str,
-        *,
-        token: requests.Token | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
-        timeout: float = requests.TIMEOUT,
-        options: collections.abc.Iterable[tuple[str, typing.Any]] = (),
-    ) -> None:
-        chosen = requests.options(options)
-        self._token = token
-        self._timeout = timeout
-        self._channel = (
-            grpc.secure_channel(target, credentials, options=chosen)
-            if credentials
-            else grpc.insecure_channel(target, options=chosen)
-        )
-        self._sessions = session_service_pb2_grpc.SessionServiceStub(self._channel)
-        self._profiles = profile_service_pb2_grpc.ProfileServiceStub(self._channel)
+    _library: typing.ClassVar[typing.Any] = grpc
 
     def close(self) -> None:
         """Close the channel; idempotent."""
@@ -58,11 +33,7 @@ class Client:
 
     def _call(self, method: typing.Any, request: message.Message, timeout: float | None = None) -> typing.Any:
         try:
-            return method(
-                request,
-                timeout=self._timeout if timeout is None else timeout,
-                metadata=requests.metadata(self._token),
-            )
+            return method(request, **self._with(timeout))
         except grpc.RpcError as failed:
             raise errors.AfterhoursError.of(failed) from failed
 
@@ -161,43 +132,15 @@ class Client:
         return Watch(self._sessions, self._token, requests.Going(user_ids, cursor, callable(self._token)))
 
 
-class Watch:
-    """The events of sessions, one after another, without end: at least once each, in order for each session.
-
-    Where the stream breaks it goes on by itself, on any server. `cursor` is where to go on from later: it belongs to
-    the event that was given last, or to a heartbeat since. Iterating raises CursorExpired and what no retry mends.
-    """
-
-    def __init__(
-        self,
-        stub: session_service_pb2_grpc.SessionServiceStub,
-        token: requests.Token | None,
-        going: requests.Going,
-    ) -> None:
-        self._stub = stub
-        self._token = token
-        self._going = going
-        self._stream: typing.Any = None
-        self._closed = False
-
-    @property
-    def cursor(self) -> str:
-        """Where the watch stands; empty before the first message."""
-        return self._going.cursor
-
-    def close(self) -> None:
-        """End the watch; idempotent."""
-        self._closed = True
-        if self._stream:
-            self._stream.cancel()
+class Watch(connection.Stream):
+    """A watch that blocks; see `connection.Stream` for what it promises."""
 
     def __iter__(self) -> collections.abc.Iterator[session_event_pb2.SessionEvent]:
         """Give the events as they come."""
         while not self._closed:
             failed: grpc.RpcError | None = None
             try:
-                self._stream = self._stub.WatchSessions(self._going.request(), metadata=requests.metadata(self._token))
-                for response in self._stream:
+                for response in self._open():
                     if self._going.came(response.event):
                         yield response.event
             except grpc.RpcError as error:

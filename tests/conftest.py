@@ -5,6 +5,7 @@ import collections.abc
 import itertools
 import os
 import pathlib
+import signal
 
 import asyncpg
 import hypothesis
@@ -20,6 +21,9 @@ _numbers = itertools.count()
 # A loaded machine is slow, and that is no fault of what is tested.
 hypothesis.settings.register_profile("loaded", deadline=None)
 hypothesis.settings.load_profile("loaded")
+
+# A shell that runs the tests in the background ignores SIGINT, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing here needs to survive a power cut, and everything is to be quick.
 _FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "300"}

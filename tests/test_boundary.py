@@ -17,6 +17,7 @@ pytestmark = pytest.mark.front_door
 CONTRACT = {
     ("INVALID_ARGUMENT", "INVALID_REQUEST"),
     ("INVALID_ARGUMENT", "REQUEST_ID_REUSED"),
+    ("OUT_OF_RANGE", "CURSOR_EXPIRED"),
     ("FAILED_PRECONDITION", "PROFILE_REQUIRED"),
     ("FAILED_PRECONDITION", "LOCATION_ERASED"),
     ("ALREADY_EXISTS", "SESSION_ALREADY_ACTIVE"),
@@ -35,6 +36,10 @@ ids = strategies.one_of(
     strategies.sampled_from(["00000000-0000-4000-8000-000000000001", "{00000000-0000-4000-8000-000000000001}", ""]),
     strategies.uuids().map(str),
     texts,
+)
+sizes = strategies.one_of(strategies.just(0), strategies.integers(-(2**31), 2**31 - 1))
+tokens = strategies.one_of(
+    strategies.just(""), strategies.sampled_from(["MQAAAAAAAAAA", "MQ", "====", 60 * "A"]), texts
 )
 seconds = strategies.one_of(
     strategies.sampled_from([0, 2, 900, 1800, 3600, -900]),
@@ -78,6 +83,30 @@ MESSAGES: dict[str, strategies.SearchStrategy[message.Message]] = {
         request_id=ids,
     ),
     "SessionService/GetSession": _request(_S.GetSessionRequest, user_id=texts),
+    "SessionService/BatchGetSessions": _request(
+        _S.BatchGetSessionsRequest,
+        user_ids=strategies.lists(texts, max_size=5),
+        min_remaining=strategies.none() | durations,
+    ),
+    "SessionService/ListSessions": _request(
+        _S.ListSessionsRequest,
+        user_id=texts,
+        page_size=sizes,
+        page_token=tokens,
+    ),
+    "SessionService/ListActiveSessions": _request(
+        _S.ListActiveSessionsRequest,
+        min_remaining=strategies.none() | durations,
+        near=strategies.none() | places,
+        radius_meters=degrees,
+        page_size=sizes,
+        page_token=tokens,
+    ),
+    "SessionService/WatchSessions": _request(
+        _S.WatchSessionsRequest,
+        user_ids=strategies.lists(texts, max_size=5),
+        cursor=tokens,
+    ),
     "SessionService/GetExactLocation": _request(_S.GetExactLocationRequest, session_id=ids, purpose=texts),
     "ProfileService/PutProfile": _request(_P.PutProfileRequest, profile=strategies.none() | profiles),
     "ProfileService/GetProfile": _request(_P.GetProfileRequest, user_id=texts),
@@ -111,13 +140,20 @@ async def test_only_the_contracts_answers(engines: replicas.Engines) -> None:
         met: collections.Counter[str] = collections.Counter()
 
         async def send(method: str, body: bytes) -> None:
-            call: typing.Any = client.channel.unary_unary(f"/afterhours.v1.{method}")
-            told = await replicas.outcome(call(body, timeout=10))
+            path = f"/afterhours.v1.{method}"
+            if method.endswith("WatchSessions"):
+                watch: typing.Any = client.channel.unary_stream(path)
+                stream = watch(body, timeout=10)
+                told = await replicas.outcome(stream.read())
+                stream.cancel()
+            else:
+                call: typing.Any = client.channel.unary_unary(path)
+                told = await replicas.outcome(call(body, timeout=10))
             if isinstance(told, replicas.Refusal):
                 assert (told.code, told.reason) in CONTRACT, told
             met[told.reason if isinstance(told, replicas.Refusal) else "OK"] += 1
 
-        @hypothesis.settings(max_examples=1500, deadline=None, database=None, suppress_health_check=CALM)
+        @hypothesis.settings(max_examples=2000, deadline=None, database=None, suppress_health_check=CALM)
         @hypothesis.given(bodies())
         def probe(drawn: tuple[str, bytes]) -> None:
             asyncio.run_coroutine_threadsafe(send(*drawn), loop).result(20)

@@ -7,6 +7,7 @@ import math
 import pathlib
 import random
 import statistics
+import typing
 import urllib.request
 
 import asyncpg
@@ -210,7 +211,7 @@ async def _all_of_redis(url: str) -> bytes:
 
 
 async def test_no_exact_location_anywhere(engines: replicas.Engines, tmp_path: pathlib.Path) -> None:
-    """A marker is in one row, and in the answer to who may know: in no log, error, metric or byte of Redis."""
+    """A marker is in one row, and in the answer to who may know: in no log, error, event, metric or byte of Redis."""
     async with _logging_all(tmp_path) as truth:
         logged = replicas.Engines(truth.url, engines.redis_url)
         settings = {"AFTERHOURS_LOG_FORMAT": "json", "AFTERHOURS_RATE_LIMIT": "100", "AFTERHOURS_GATES": "consent"}
@@ -225,10 +226,22 @@ async def test_no_exact_location_anywhere(engines: replicas.Engines, tmp_path: p
             told.append(await replicas.refused(client.start("ada", location=MARKER)))
             await client.put_profile("ada", location_consent=True)
             first = replicas.request_id()
+            watching: typing.Any = client.sessions.WatchSessions(session_service_pb2.WatchSessionsRequest())
+            told.append(await watching.read())
             started = await client.start("ada", location=MARKER, request_id=first)
             told += [started, await client.start("ada", location=MARKER, request_id=first)]
             told.append(await replicas.refused(client.start("ada", location=MARKER)))
-            told += [await client.extend("ada"), await client.get("ada"), await client.end("ada")]
+            near = session_service_pb2.ListActiveSessionsRequest(near=started.fuzzed_location, radius_meters=1)
+            told += [
+                await client.extend("ada"),
+                await client.get("ada"),
+                await client.sessions.ListActiveSessions(near),
+            ]
+            told += [await client.end("ada"), *[await watching.read() for _ in range(3)]]
+            watching.cancel()
+            history = session_service_pb2.ListSessionsRequest(user_id="ada")
+            told.append(await client.sessions.ListSessions(history))
+            told += await logged.rows("SELECT * FROM after_hours_events")
             # A bug: the row is refused by Postgres, which quotes it where it is let.
             await logged.rows("ALTER TABLE after_hours_sessions ADD CONSTRAINT south CHECK (latitude < 0) NOT VALID")
             told.append(await replicas.refused(client.start("ada", location=MARKER)))
