@@ -57,11 +57,22 @@ def _address(text: object) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def _unless_off(text: object) -> object:
+    return None if text == "off" else text
+
+
 def _keys(text: object) -> tuple[location.FuzzKey, ...]:
     return location.FuzzKey.parse(str(text))
 
 
+def _bounded(length: datetime.timedelta) -> datetime.timedelta:
+    if length > datetime.timedelta(days=36_500):
+        raise ValueError("must be at most 36500d")
+    return length
+
+
 Length = typing.Annotated[datetime.timedelta, pydantic.BeforeValidator(length)]
+Bounded = typing.Annotated[Length, pydantic.AfterValidator(_bounded)]
 Address = typing.Annotated[tuple[str, int], pydantic.BeforeValidator(_address), pydantic_settings.NoDecode]
 
 
@@ -108,7 +119,7 @@ class Settings(pydantic_settings.BaseSettings):
     durations: typing.Annotated[
         tuple[datetime.timedelta, ...], pydantic.BeforeValidator(_lengths), pydantic_settings.NoDecode
     ] = _variable("AFTERHOURS_DURATIONS", "15m,30m,60m", "Durations allowed for start and for extend.")
-    warning_lead: Length = _variable(
+    warning_lead: Bounded = _variable(
         "AFTERHOURS_WARNING_LEAD", "2m", "EXPIRING is sent this long before the end; 0s turns it off."
     )
     reconcile_interval: typing.Annotated[Length, pydantic.AfterValidator(_positive)] = _variable(
@@ -136,16 +147,16 @@ class Settings(pydantic_settings.BaseSettings):
     gates: typing.Annotated[frozenset[session.Gate], pydantic.BeforeValidator(_gates), pydantic_settings.NoDecode] = (
         _variable("AFTERHOURS_GATES", "", "What a start and an extension need: any of premium,verified,consent.")
     )
-    rate_limit: typing.Annotated[int, pydantic.Field(ge=1)] | None = _variable(
-        "AFTERHOURS_RATE_LIMIT", None, "Starts and extends of one user a minute."
-    )
-    exact_location_retention: Length = _variable(
+    rate_limit: typing.Annotated[
+        typing.Annotated[int, pydantic.Field(ge=1)] | None, pydantic.BeforeValidator(_unless_off)
+    ] = _variable("AFTERHOURS_RATE_LIMIT", None, "Starts and extends of one user a minute.")
+    exact_location_retention: Bounded = _variable(
         "AFTERHOURS_EXACT_LOCATION_RETENTION", "30d", "How long after a session's end its exact location is kept."
     )
-    history_retention: Length = _variable(
+    history_retention: Bounded = _variable(
         "AFTERHOURS_HISTORY_RETENTION", "365d", "How long after its end a session is kept."
     )
-    event_retention: Length = _variable(
+    event_retention: Bounded = _variable(
         "AFTERHOURS_EVENT_RETENTION", "7d", "How long events are kept, and how far back a cursor may reach."
     )
     fuzz_key: typing.Annotated[
@@ -155,7 +166,7 @@ class Settings(pydantic_settings.BaseSettings):
     ] = _variable("AFTERHOURS_FUZZ_KEY", None, "version:secret,…, newest first; at least 32 characters each.")
     metrics_listen: typing.Annotated[
         tuple[str, int] | None,
-        pydantic.BeforeValidator(lambda text: None if text is None else _address(text)),
+        pydantic.BeforeValidator(lambda text: _unless_off(text) and _address(text)),
         pydantic_settings.NoDecode,
     ] = _variable("AFTERHOURS_METRICS_LISTEN", None, "host:port of the Prometheus endpoint.")
     reflection: bool = _variable("AFTERHOURS_REFLECTION", True, "Serve reflection: on or off.")

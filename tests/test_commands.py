@@ -145,6 +145,13 @@ GOOD = {
             ("AFTERHOURS_AUTH", "mtls"),
             ("AFTERHOURS_LISTEN", "0.0.0.0:0"),
         ],
+        [
+            ("AFTERHOURS_JWT_SECRET", SECRET),
+            ("AFTERHOURS_JWKS_URL", "http://localhost/jwks.json"),
+            ("AFTERHOURS_GATES", "gold"),
+            ("AFTERHOURS_RATE_LIMIT", "0"),
+            ("AFTERHOURS_EVENT_RETENTION", "36501d"),
+        ],
     ],
 )
 async def test_serve_refuses_a_bad_setting(settings: list[tuple[str, str]]) -> None:

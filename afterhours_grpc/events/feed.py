@@ -77,9 +77,11 @@ class Feed(typing.Generic[Rendered]):
         # Every event up to here was told to those who watched then. Kept up while somebody watches.
         self._position = 0
         self._watchers: set[_Watcher[Rendered]] = set()
+        # The same by whom they watch, those of everybody under None.
+        self._by_user: dict[session.UserId | None, set[_Watcher[Rendered]]] = {}
         self._joiners: list[tuple[_Watcher[Rendered], asyncio.Future[int]]] = []
         self._joining = asyncio.Lock()
-        self._admitting: asyncio.Task[None] | None = None
+        self._admitting: set[asyncio.Task[None]] = set()
         self._draining = False
 
     def drain(self) -> None:
@@ -123,10 +125,24 @@ class Feed(typing.Generic[Rendered]):
                 self._position = found[-1].position if found else last
 
     def _dispatch(self, event: outbox.Event) -> None:
-        told = Told(event.position, self._render(event))
-        for watcher in self._watchers:
-            if watcher.user_ids is None or event.session.user_id in watcher.user_ids:
+        concerned = [*self._by_user.get(None, ()), *self._by_user.get(event.session.user_id, ())]
+        if concerned:
+            told = Told(event.position, self._render(event))
+            for watcher in concerned:
                 watcher.take(told)
+
+    def _add(self, watcher: _Watcher[Rendered]) -> None:
+        self._watchers.add(watcher)
+        for user_id in watcher.user_ids or (None,):
+            self._by_user.setdefault(user_id, set()).add(watcher)
+
+    def _remove(self, watcher: _Watcher[Rendered]) -> None:
+        if watcher in self._watchers:
+            self._watchers.remove(watcher)
+            for user_id in watcher.user_ids or (None,):
+                self._by_user[user_id].remove(watcher)
+                if not self._by_user[user_id]:
+                    del self._by_user[user_id]
 
     async def watch(
         self,
@@ -157,14 +173,16 @@ class Feed(typing.Generic[Rendered]):
                     raise errors.ShuttingDown
             raise errors.ShuttingDown if self._draining else expired()
         finally:
-            self._watchers.discard(watcher)
+            self._remove(watcher)
 
     async def _join(self, watcher: _Watcher[Rendered]) -> int:
         """Have a watcher told what comes from here on, and give what is the last position now."""
         joined: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._joiners.append((watcher, joined))
         if len(self._joiners) == 1:
-            self._admitting = asyncio.create_task(self._admit())
+            admitting = asyncio.create_task(self._admit())
+            self._admitting.add(admitting)
+            admitting.add_done_callback(self._admitting.discard)
         return await joined
 
     async def _admit(self) -> None:
@@ -185,7 +203,7 @@ class Feed(typing.Generic[Rendered]):
                 self._position = now
             for watcher, joined in joiners:
                 if not joined.done():
-                    self._watchers.add(watcher)
+                    self._add(watcher)
                     joined.set_result(now)
 
     async def _from(

@@ -22,7 +22,7 @@ LEEWAY = 30
 """Seconds by which the clock of who signed a token may differ from ours."""
 
 SYMMETRIC, ASYMMETRIC = ("HS256",), ("RS256", "ES256", "EdDSA")
-# Seconds between two looks at a JWKS, between two that unknown key ids cause, and that a look may take.
+# Seconds between two looks at a JWKS, after one that did not find a key id, and that a look may take.
 _REFRESH = 300.0
 _COOLDOWN = 5.0
 _FETCH_TIMEOUT = 5.0
@@ -63,7 +63,7 @@ class Secret:
 class KeySet:
     """The public keys at a URL, https or file: looked at every five minutes, and for a key id that is not known.
 
-    Those found last serve on while the URL cannot be had. Unknown key ids cause at most one look in five seconds.
+    Those found last serve on while the URL cannot be had. Key ids that are not found cause at most one look in 5 s.
     """
 
     algorithms = ASYMMETRIC
@@ -71,16 +71,19 @@ class KeySet:
     def __init__(self, url: str) -> None:
         self._url = url
         self._keys: dict[str | None, jwt.PyJWK] = {}
-        self._looked = -_COOLDOWN
+        # Not before then for key ids that are not known, of which strangers can make up any number.
+        self._look_again = 0.0
         self._looking: asyncio.Task[None] | None = None
         # Called when keys changed: what was verified with the old ones no longer counts.
         self.changed: collections.abc.Callable[[], None] = lambda: None
 
     async def find(self, key_id: str | None) -> jwt.PyJWK:
         """Give a key by its id, or the only one for a token that names none. Raise Unauthenticated."""
-        if key_id not in self._keys and (self._looking or time.monotonic() - self._looked >= _COOLDOWN):
+        if key_id not in self._keys and (self._looking or time.monotonic() >= self._look_again):
             self._looking = self._looking or asyncio.create_task(self._look())
             await asyncio.shield(self._looking)
+            if key_id not in self._keys:
+                self._look_again = time.monotonic() + _COOLDOWN
         try:
             return self._keys[key_id]
         except KeyError:
@@ -96,7 +99,6 @@ class KeySet:
 
     async def refresh(self) -> None:
         """Look at the URL. Raise KeySetError."""
-        self._looked = time.monotonic()
         try:
             found = await asyncio.to_thread(_fetched, self._url)
         except (OSError, ValueError, jwt.PyJWTError) as error:
