@@ -80,10 +80,12 @@ class KeySet:
     async def find(self, key_id: str | None) -> jwt.PyJWK:
         """Give a key by its id, or the only one for a token that names none. Raise Unauthenticated."""
         if key_id not in self._keys and (self._looking or time.monotonic() >= self._look_again):
-            self._looking = self._looking or asyncio.create_task(self._look())
-            await asyncio.shield(self._looking)
-            if key_id not in self._keys:
+            if not self._looking:
                 self._look_again = time.monotonic() + _COOLDOWN
+                self._looking = asyncio.create_task(self._look())
+            await asyncio.shield(self._looking)
+            if key_id in self._keys:
+                self._look_again = 0.0
         try:
             return self._keys[key_id]
         except KeyError:
