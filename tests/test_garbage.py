@@ -141,3 +141,20 @@ async def test_a_thousand_connections_that_never_read(engines: replicas.Engines)
             held = psutil.Process(process.pid).memory_info().rss - before
         assert held < 400 * 2**20
         assert (await client.end("ada")).id == session.id
+
+
+async def test_pings_without_end(engines: replicas.Engines) -> None:
+    """Who pings more often than every 10 s without a call is told so, and disconnected; on native they may."""
+    async with replicas.replica(engines) as (service, client):
+        host, _, port = service.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(_OPENING)
+        received = b""
+        with contextlib.suppress(OSError):
+            for _ in range(10):
+                writer.write(_frame(_PING, bytes(8)))
+                with contextlib.suppress(TimeoutError):
+                    received += await asyncio.wait_for(reader.read(65536), 0.1)
+        writer.close()
+        assert (b"too_many_pings" in received) == (engines.transport == "grpcio")
+        assert not (await client.get("ada")).active
