@@ -16,7 +16,7 @@ from afterhours_grpc.sessions import errors, session
 log = structlog.get_logger()
 
 # Seconds that a call waits for Redis, and for which calls pass uncounted once it did not answer.
-_PATIENCE = 0.1
+_PATIENCE = 0.25
 _PAUSE = 1.0
 # Calls that ask Redis at once, on as many connections.
 _AT_ONCE = 16
@@ -43,16 +43,18 @@ class Throttle:
     async def admit(self, user_id: session.UserId) -> None:
         """Count a call of a user, or raise RateLimited."""
         user = hashlib.blake2b(user_id.encode(), digest_size=16).hexdigest()
-        if time.monotonic() >= self._away_until:
-            try:
-                async with asyncio.timeout(_PATIENCE), self._room:
-                    if await self._limiter.hit(self._rate, user):
-                        return
-                    window = await self._limiter.get_window_stats(self._rate, user)
-            except (limits.errors.StorageError, TimeoutError) as error:
-                self._away_until = time.monotonic() + _PAUSE
-                log.warning("rate_limit_skipped", error=type(error).__name__, for_seconds=_PAUSE)
-            else:
-                wait = min(max(window.reset_time - time.time(), 0.0), float(self._rate.get_expiry()))
-                raise errors.RateLimited(datetime.timedelta(seconds=wait))
+        # In a burst calls wait here for each other, and not for Redis.
+        async with self._room:
+            if time.monotonic() >= self._away_until:
+                try:
+                    async with asyncio.timeout(_PATIENCE):
+                        if await self._limiter.hit(self._rate, user):
+                            return
+                        window = await self._limiter.get_window_stats(self._rate, user)
+                except (limits.errors.StorageError, TimeoutError) as error:
+                    self._away_until = time.monotonic() + _PAUSE
+                    log.warning("rate_limit_skipped", error=type(error).__name__, for_seconds=_PAUSE)
+                else:
+                    wait = min(max(window.reset_time - time.time(), 0.0), float(self._rate.get_expiry()))
+                    raise errors.RateLimited(datetime.timedelta(seconds=wait))
         metrics.RATE_LIMIT_SKIPPED.inc()
