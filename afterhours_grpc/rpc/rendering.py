@@ -15,6 +15,9 @@ _END_REASON: dict[session.EndReason | None, typing.Any] = {
     None: session_pb2.END_REASON_UNSPECIFIED,
     **{each: session_pb2.EndReason.Value(f"END_REASON_{each.value}") for each in session.EndReason},
 }
+_EVENT_TYPE: dict[str, typing.Any] = {
+    name.removeprefix("SESSION_EVENT_TYPE_"): value for name, value in session_event_pb2.SessionEventType.items()
+}
 
 
 def session_message(value: session.Session) -> session_pb2.Session:
@@ -63,7 +66,8 @@ def event_bytes(event: feed.Event) -> bytes:
     return _watch_bytes(
         session_event_pb2.SessionEvent(
             cursor=cursors.encode(event.position),
-            type=f"SESSION_EVENT_TYPE_{event.type}",
+            # A type that only a newer release knows is unspecified.
+            type=_EVENT_TYPE.get(event.type, session_event_pb2.SESSION_EVENT_TYPE_UNSPECIFIED),
             event_time=_timestamp(event.happened_at),
             session=session_message(event.session),
         )

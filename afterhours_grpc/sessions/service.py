@@ -230,10 +230,10 @@ def _why(method: session.Method, call: rows.Call, explanation: rows.Explanation)
         return errors.ProfileRequired(call.user_id)
     if method is not session.Method.END and explanation.closed:
         return _CLOSED[explanation.closed]()
-    if method is not session.Method.START:
-        # With an active session it was the deadline that said no, or one began between the two statements.
-        return database.Retry() if explanation.active else errors.NoActiveSession()
-    if explanation.active is not None:
-        return errors.SessionAlreadyActive(*explanation.active)
-    # What stood against it is gone: a session that ended, or expired, between the two statements.
+    starting = method is session.Method.START
+    if starting is (explanation.active is not None):
+        return errors.SessionAlreadyActive(*explanation.active) if explanation.active else errors.NoActiveSession()
+    if field := explanation.too_long(call):
+        return errors.InvalidRequest((errors.Violation(field, "must not move the end past the year 9998"),))
+    # Nothing stands against it now: it was the deadline, or what did ended, or began, between the two statements.
     return database.Retry()

@@ -8,6 +8,10 @@ import uuid
 
 from afterhours_grpc.sessions import location
 
+# Every expires_at is before this, also by a CHECK. It leaves a year to the end of what datetime and
+# google.protobuf.Timestamp can hold, so that whatever is computed from an expires_at still can be represented.
+EXPIRY_LIMIT = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
+
 UserId = typing.NewType("UserId", str)
 SessionId = typing.NewType("SessionId", uuid.UUID)
 

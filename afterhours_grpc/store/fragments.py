@@ -1,7 +1,25 @@
 """What the statements of `transitions` and `endings` are made of; see the former for what they keep to."""
 
+import datetime
+
+from afterhours_grpc.sessions import session
+
+EXPIRY_LIMIT = f"TIMESTAMPTZ '{session.EXPIRY_LIMIT}'"
+# Rows from before the CHECK on EXPIRY_LIMIT may lie beyond it, up to where the driver cannot decode them, and one such
+# row would fail the whole statement that reads it. Readers see them end at the last instant that is allowed.
+_LAST = f"TIMESTAMPTZ '{session.EXPIRY_LIMIT - datetime.datetime.resolution}'"
+
 SESSION = """s.id, s.user_id, s.started_at, s.expires_at, s.ended_at, s.end_reason,
     s.fuzzed_latitude, s.fuzzed_longitude, s.fuzz_radius_meters, s.warn_at"""
+
+
+def readable(expires_at: str) -> str:
+    """Return an expires_at that can be decoded, whatever is stored."""
+    return f"LEAST({expires_at}, {_LAST})"
+
+
+# SESSION, where it is read and not just written.
+READ = SESSION.replace("s.expires_at", f"{readable('s.expires_at')} AS expires_at")
 
 # The database's clock is the only one; tests move it by this parameter.
 NOW = "clock_timestamp() + CAST(:clock_offset AS interval)"

@@ -15,7 +15,7 @@ SELECT s.*, clock.at AS as_of
 FROM (SELECT {fragments.NOW} AS at) AS clock
 CROSS JOIN unnest(CAST(:user_ids AS text[])) WITH ORDINALITY AS asked(user_id, ordinal)
 CROSS JOIN LATERAL (
-    SELECT {fragments.SESSION} FROM after_hours_sessions AS s
+    SELECT {fragments.READ} FROM after_hours_sessions AS s
     WHERE s.user_id = asked.user_id AND s.ended_at IS NULL LIMIT 1
 ) AS s
 WHERE {_ACTIVE}
@@ -23,14 +23,14 @@ ORDER BY asked.ordinal
 """)
 
 _HISTORY = database.Statement(f"""
-SELECT {fragments.SESSION}, clock.at AS as_of
+SELECT {fragments.READ}, clock.at AS as_of
 FROM (SELECT {fragments.NOW} AS at) AS clock CROSS JOIN after_hours_sessions AS s
 WHERE s.user_id = :user_id AND (s.started_at, s.id) < (CAST(:at AS timestamptz), CAST(:id AS uuid))
 ORDER BY s.started_at DESC, s.id DESC LIMIT :most
 """)
 
 _ALL = database.Statement(f"""
-SELECT {fragments.SESSION}, clock.at AS as_of
+SELECT {fragments.READ}, clock.at AS as_of
 FROM (SELECT {fragments.NOW} AS at) AS clock CROSS JOIN after_hours_sessions AS s
 WHERE {fragments.BY_START} AND (s.started_at, s.id) > (CAST(:at AS timestamptz), CAST(:id AS uuid)) AND {_ACTIVE}
 ORDER BY s.started_at, s.id LIMIT :most
@@ -47,7 +47,7 @@ SELECT s.* FROM (
     CROSS JOIN unnest(CAST(:bands AS float8[]), CAST(:wests AS float8[]), CAST(:easts AS float8[]))
         AS band(number, west, east)
     CROSS JOIN LATERAL (
-        SELECT {fragments.SESSION} FROM after_hours_sessions AS s
+        SELECT {fragments.READ} FROM after_hours_sessions AS s
         WHERE {fragments.BY_PLACE} AND floor(s.fuzzed_latitude * 100) = band.number
             AND s.fuzzed_longitude BETWEEN band.west AND band.east
         OFFSET 0 -- a probe for each band, whatever the plan thinks of the table's size

@@ -27,7 +27,8 @@ _COLUMNS = """type, happened_at, session_id, user_id, started_at, expires_at, en
     fuzzed_latitude, fuzzed_longitude, fuzz_radius_meters"""
 
 # As rows.session_of reads them.
-_READ = f"{_COLUMNS}, session_id AS id, happened_at AS as_of"
+_READABLE = _COLUMNS.replace("expires_at", f"{fragments.readable('expires_at')} AS expires_at")
+_READ = f"{_READABLE}, session_id AS id, happened_at AS as_of"
 
 # Run with the log's row held, and so with a snapshot that has what others placed before.
 _PLACE = database.Statement(f"""

@@ -30,8 +30,9 @@ _PAST = f"""
     WHERE ended_at <= (SELECT {fragments.NOW}) - CAST(:retention AS interval) {{further}}
     ORDER BY ended_at LIMIT :most FOR UPDATE SKIP LOCKED"""
 
+# With an expires_at that the CHECK allows: an old row beyond it could not be updated.
 _ERASE_EXACT = database.Statement(f"""
-UPDATE after_hours_sessions SET latitude = NULL, longitude = NULL
+UPDATE after_hours_sessions SET latitude = NULL, longitude = NULL, expires_at = {fragments.readable("expires_at")}
 WHERE id = ANY(ARRAY({_PAST.format(further="AND latitude IS NOT NULL")})) RETURNING id
 """)
 

@@ -7,23 +7,24 @@ SELECT asked.ordinal, s.*, clock.at AS as_of
 FROM (SELECT {fragments.NOW} AS at) AS clock
 CROSS JOIN unnest(CAST(:user_ids AS text[])) WITH ORDINALITY AS asked(user_id, ordinal)
 CROSS JOIN LATERAL (
-    SELECT {fragments.SESSION} FROM after_hours_sessions AS s
+    SELECT {fragments.READ} FROM after_hours_sessions AS s
     WHERE s.user_id = asked.user_id AND s.ended_at IS NULL AND s.expires_at > clock.at
     LIMIT 1
 ) AS s
 """)
 
-# Why a call came back without a row: the answer that it was given before, no profile, or an active session.
+# Read once, for calls that came back without a row: what was answered before, the profile, an active session, the time.
 EXPLAIN = database.Statement(f"""
-SELECT asked.ordinal, profile.user_id IS NOT NULL AS has_profile,
+SELECT asked.ordinal, clock.at, profile.user_id IS NOT NULL AS has_profile,
     ARRAY[{", ".join(fragments.closed("profile"))}] AS closed,
     kept.*, active.id AS active_id, active.expires_at AS active_expires_at
 FROM (SELECT {fragments.NOW} AS at) AS clock
 CROSS JOIN unnest(CAST(:ordinals AS int[]), CAST(:user_ids AS text[]), CAST(:callers AS text[]),
     CAST(:request_ids AS uuid[])) AS asked(ordinal, user_id, caller, request_id)
 LEFT JOIN LATERAL (
-    SELECT r.fingerprint, r.answered_at AS as_of, r.expires_at, r.ended_at, r.end_reason,
-        s.id, s.user_id, s.started_at, s.fuzzed_latitude, s.fuzzed_longitude, s.fuzz_radius_meters
+    SELECT r.fingerprint, r.answered_at AS as_of, {fragments.readable("r.expires_at")} AS expires_at,
+        r.ended_at, r.end_reason, s.id, s.user_id, s.started_at,
+        s.fuzzed_latitude, s.fuzzed_longitude, s.fuzz_radius_meters
     FROM after_hours_requests AS r JOIN after_hours_sessions AS s ON s.id = r.session_id
     WHERE r.caller = asked.caller AND r.method = :method AND r.request_id = asked.request_id
     LIMIT 1
@@ -32,7 +33,7 @@ LEFT JOIN LATERAL (
     SELECT * FROM after_hours_profiles WHERE user_id = asked.user_id LIMIT 1
 ) AS profile ON true
 LEFT JOIN LATERAL (
-    SELECT s.id, s.expires_at FROM after_hours_sessions AS s
+    SELECT s.id, {fragments.readable("s.expires_at")} AS expires_at FROM after_hours_sessions AS s
     WHERE s.user_id = asked.user_id AND s.ended_at IS NULL AND s.expires_at > clock.at
     LIMIT 1
 ) AS active ON true

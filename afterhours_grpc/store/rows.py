@@ -26,6 +26,17 @@ class Explanation:
     has_profile: bool
     closed: session.Gate | None
     active: tuple[session.SessionId, datetime.datetime] | None
+    at: datetime.datetime
+
+    def too_long(self, call: Call) -> str | None:
+        """Return the field that would have a session expire at EXPIRY_LIMIT or later, or None."""
+        # Subtracted from the limit, for a sum may be more than datetime holds.
+        match call:
+            case session.Start() if self.at >= session.EXPIRY_LIMIT - call.duration:
+                return "duration"
+            case session.Extend() if self.active and self.active[1] >= session.EXPIRY_LIMIT - call.additional:
+                return "additional_duration"
+        return None
 
 
 def asked(method: session.Method, calls: collections.abc.Sequence[Call]) -> dict[str, object]:
@@ -49,16 +60,18 @@ def by_ordinal(rows: list[database.Row], count: int) -> list[session.Session | N
 
 
 def session_of(row: database.Row) -> session.Session:
-    """Give the session of a row; of an event whose user was erased, without user and place."""
+    """Return the session of a row; of an event whose user was erased, without user and place.
+
+    A reason that only a newer release knows, which may run on the same database, is left out.
+    """
     place = row["fuzzed_latitude"], row["fuzzed_longitude"]
-    reason = row["end_reason"]
     return session.Session(
         id=row["id"],
         user_id=row["user_id"] or session.UserId(""),
         started_at=row["started_at"],
         expires_at=row["expires_at"],
         ended_at=row["ended_at"],
-        end_reason=reason and session.EndReason(reason),
+        end_reason=session.EndReason.__members__.get(row["end_reason"]),
         fuzzed=None if None in place else location.FuzzedLocation(*place),
         fuzz_radius_meters=row["fuzz_radius_meters"] or 0.0,
         as_of=row["as_of"],
@@ -75,4 +88,5 @@ def explanation(row: database.Row) -> Explanation:
         if row["has_profile"]
         else None,
         active=(row["active_id"], row["active_expires_at"]) if row["active_id"] else None,
+        at=row["at"],
     )

@@ -61,6 +61,16 @@ sessions = sa.Table(
     ),
 )
 
+# What can be read, and computed with; see session.EXPIRY_LIMIT. NOT VALID, since rows from before this constraint are
+# not checked by it: readers must not rely on it for a session that has ended.
+_within_time = sa.CheckConstraint(
+    "started_at >= '0001-01-01 00:00:00+00' AND expires_at < '9999-01-01 00:00:00+00'",
+    name="after_hours_sessions_within_time",
+    postgresql_not_valid=True,
+)
+sessions.append_constraint(_within_time)
+sa.event.listen(sessions, "after_create", sa.schema.AddConstraint(_within_time))
+
 # The guarantee of at most one active session a user. Every find of an active session goes by it.
 sa.Index(
     "after_hours_sessions_active",
@@ -148,6 +158,7 @@ exact_reads = sa.Table(
     sa.Column("disclosed", sa.Boolean, nullable=False),
 )
 sa.Index("after_hours_exact_reads_by_session", exact_reads.c.session_id)
+sa.Index("after_hours_exact_reads_by_caller", exact_reads.c.caller)
 
 # What was erased and exported, for data-protection requests. The user by the SHA-256 of their id: a tombstone that
 # tells who knows an id that it was erased.

@@ -62,6 +62,7 @@ WITH {
             LIMIT 1
         ) AS place
         WHERE clock.waited < eligible.time_left AND {fragments.opened_gates("eligible")}
+            AND clock.at + eligible.duration < {fragments.EXPIRY_LIMIT}
         ON CONFLICT (user_id) WHERE ended_at IS NULL DO NOTHING
         RETURNING {fragments.SESSION}
     ),
@@ -84,6 +85,7 @@ WITH {fragments.fresh(", additional", ", CAST(:additionals AS interval[])")},{el
         FROM locked, clock
         WHERE s.id = ANY({fragments.IN_TIME}) AND s.id = locked.id
             AND {fragments.OPEN} AND s.expires_at > clock.at AND {allowed}
+            AND s.expires_at + locked.additional < {fragments.EXPIRY_LIMIT}
         RETURNING {fragments.SESSION}
     ),
     {fragments.noted("EXTENDED", "extended")},
