@@ -12,6 +12,12 @@ from afterhours_grpc.sessions import errors
 
 DOMAIN = "afterhours.v1"
 
+# Bytes of a status as it is sent. Client libraries drop what is larger than 8 KiB, some at random, and then report
+# RESOURCE_EXHAUSTED without any detail; what is left to that is for the other trailers.
+_LARGEST = 7 * 1024
+# Characters of a message, which is sent twice, of a violation's description, and of the message that always fits.
+_LONGEST_MESSAGE, _LONGEST_DESCRIPTION, _SHORT_MESSAGE = 2000, 500, 250
+
 _R = error_reason_pb2
 _TABLE: dict[type[Exception], tuple[grpc.StatusCode, _R.ErrorReason]] = {
     errors.InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, _R.ERROR_REASON_INVALID_REQUEST),
@@ -54,13 +60,29 @@ def reason(error: errors.SessionError) -> str:
 
 
 def status(error: errors.SessionError) -> status_pb2.Status:
-    """Render an error: its code, its message, and the details of AIP-193."""
+    """Return an error's code, its message, and the details of AIP-193, in less than 8 KiB as they are sent."""
     info = error_details_pb2.ErrorInfo(reason=reason(error), domain=DOMAIN, metadata=_metadata(error))
-    return status_pb2.Status(
+    rendered = status_pb2.Status(
         code=code_pb2.Code.Value(code(error).name),
-        message=str(error),
+        message=_clipped(str(error), _LONGEST_MESSAGE),
         details=[_packed(detail) for detail in (info, *_further(error))],
     )
+    if _bytes_sent(rendered) > _LARGEST:
+        # The reason is what callers decide by: everything else gives way to it.
+        rendered.message = _clipped(rendered.message, _SHORT_MESSAGE)
+        del rendered.details[1:]
+    return rendered
+
+
+def _bytes_sent(rendered: status_pb2.Status) -> int:
+    """Return how many bytes a status takes: its details and message in base64, and its message percent-encoded."""
+    text = rendered.message
+    escaped = len(text) + 2 * text.count("%") if text.isascii() and text.isprintable() else 3 * len(text.encode())
+    return escaped + -(-rendered.ByteSize() // 3) * 4
+
+
+def _clipped(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _metadata(error: errors.SessionError) -> dict[str, str]:
@@ -82,7 +104,9 @@ def _further(error: errors.SessionError) -> list[message.Message]:
             return [error_details_pb2.RetryInfo(retry_delay=error.retry_after)]
         case errors.InvalidRequest():
             violations = [
-                error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
+                error_details_pb2.BadRequest.FieldViolation(
+                    field=each.field, description=_clipped(each.description, _LONGEST_DESCRIPTION)
+                )
                 for each in error.violations
             ]
             return [error_details_pb2.BadRequest(field_violations=violations)]

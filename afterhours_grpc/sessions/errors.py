@@ -5,6 +5,9 @@ import datetime
 
 from afterhours_grpc.sessions import session
 
+# Violations that one answer reports: a client library drops an answer whose status is too large.
+_MOST_VIOLATIONS = 20
+
 
 class SessionError(Exception):
     """A call was refused."""
@@ -23,18 +26,20 @@ class Violation:
 
 
 class InvalidRequest(SessionError):
-    """The request is invalid."""
+    """The request is invalid. `violations` are the first 20 of those found, and `omitted` counts the others."""
 
     def __init__(self, violations: tuple[Violation, ...] = ()) -> None:
         super().__init__()
-        self.violations = violations
+        self.violations = violations[:_MOST_VIOLATIONS]
+        self.omitted = len(violations) - len(self.violations)
 
     def __str__(self) -> str:
-        """Name every violation, or say that the bytes are no message."""
+        """Return a message that names the violations, or says that the bytes are no message."""
         if not self.violations:
             return "The request cannot be decoded: send the message that the proto defines for this method."
-        told = "; ".join(f"{each.field}: {each.description}" for each in self.violations)
-        return f"The request is invalid: {told}."
+        named = "; ".join(f"{each.field}: {each.description}" for each in self.violations)
+        more = f"; and {self.omitted} more" if self.omitted else ""
+        return f"The request is invalid: {named}{more}."
 
 
 class Unauthenticated(SessionError):
