@@ -44,10 +44,13 @@ def _lengths(text: object) -> tuple[datetime.timedelta, ...]:
     return lengths
 
 
-def _positive(length: datetime.timedelta) -> datetime.timedelta:
-    if not length:
-        raise ValueError("must be more than 0")
-    return length
+def _within(least: str, most: str) -> pydantic.AfterValidator:
+    def check(value: datetime.timedelta) -> datetime.timedelta:
+        if not length(least) <= value <= length(most):
+            raise ValueError(f"must be from {least} to {most}")
+        return value
+
+    return pydantic.AfterValidator(check)
 
 
 def _address(text: object) -> tuple[str, int]:
@@ -65,14 +68,9 @@ def _keys(text: object) -> tuple[location.FuzzKey, ...]:
     return location.FuzzKey.parse(str(text))
 
 
-def _bounded(length: datetime.timedelta) -> datetime.timedelta:
-    if length > datetime.timedelta(days=36_500):
-        raise ValueError("must be at most 36500d")
-    return length
-
-
 Length = typing.Annotated[datetime.timedelta, pydantic.BeforeValidator(length)]
-Bounded = typing.Annotated[Length, pydantic.AfterValidator(_bounded)]
+Bounded = typing.Annotated[Length, _within("0s", "36500d")]
+Positive = typing.Annotated[Length, _within("1s", "36500d")]
 Address = typing.Annotated[tuple[str, int], pydantic.BeforeValidator(_address), pydantic_settings.NoDecode]
 
 
@@ -122,7 +120,7 @@ class Settings(pydantic_settings.BaseSettings):
     warning_lead: Bounded = _variable(
         "AFTERHOURS_WARNING_LEAD", "2m", "EXPIRING is sent this long before the end; 0s turns it off."
     )
-    reconcile_interval: typing.Annotated[Length, pydantic.AfterValidator(_positive)] = _variable(
+    reconcile_interval: Positive = _variable(
         "AFTERHOURS_RECONCILE_INTERVAL", "5s", "Time between two sweeps."
     )
     auth: typing.Literal["jwt", "mtls", "none"] = _variable(
@@ -153,8 +151,9 @@ class Settings(pydantic_settings.BaseSettings):
     exact_location_retention: Bounded = _variable(
         "AFTERHOURS_EXACT_LOCATION_RETENTION", "30d", "How long after a session's end its exact location is kept."
     )
-    history_retention: Bounded = _variable(
-        "AFTERHOURS_HISTORY_RETENTION", "365d", "How long after its end a session is kept."
+    # Answers are kept for 24 hours and removed with their sessions: a retry without one would be applied again.
+    history_retention: typing.Annotated[Length, _within("24h", "36500d")] = _variable(
+        "AFTERHOURS_HISTORY_RETENTION", "365d", "How long after its end a session is kept, at least 24h."
     )
     event_retention: Bounded = _variable(
         "AFTERHOURS_EVENT_RETENTION", "7d", "How long events are kept, and how far back a cursor may reach."
@@ -170,7 +169,7 @@ class Settings(pydantic_settings.BaseSettings):
         pydantic_settings.NoDecode,
     ] = _variable("AFTERHOURS_METRICS_LISTEN", None, "host:port of the Prometheus endpoint.")
     reflection: bool = _variable("AFTERHOURS_REFLECTION", True, "Serve reflection: on or off.")
-    drain: typing.Annotated[Length, pydantic.AfterValidator(_positive)] = _variable(
+    drain: Positive = _variable(
         "AFTERHOURS_DRAIN", "10s", "Longest time from SIGTERM to exit."
     )
     log_format: typing.Literal["console", "json"] = _variable(

@@ -151,6 +151,7 @@ GOOD = {
             ("AFTERHOURS_GATES", "gold"),
             ("AFTERHOURS_RATE_LIMIT", "0"),
             ("AFTERHOURS_EVENT_RETENTION", "36501d"),
+            ("AFTERHOURS_HISTORY_RETENTION", "86399s"),
         ],
     ],
 )

@@ -147,6 +147,28 @@ async def test_an_answer_is_kept_for_a_day(engines: replicas.Engines) -> None:
         await replicas.eventually(forgotten, within=5)
 
 
+async def test_an_answer_outlives_the_shortest_history(engines: replicas.Engines) -> None:
+    """With the shortest retention of sessions, an answer is still there for as long as answers are kept."""
+    settings = {"AFTERHOURS_HISTORY_RETENTION": "24h", "AFTERHOURS_RECONCILE_INTERVAL": "1s"}
+    async with replicas.replica(engines, **settings) as (service, client):
+        for user_id in ("ada", "bob"):
+            await client.put_profile(user_id)
+            first = replicas.request_id()
+            started = await client.start(user_id, request_id=first)
+            await client.end(user_id)
+        await engines.rows(
+            "UPDATE after_hours_sessions SET started_at = started_at - interval '1 h',"
+            " ended_at = started_at - interval '1 h' WHERE user_id = 'ada'"
+        )
+        service.database.clock_offset = datetime.timedelta(hours=23, minutes=59)
+
+        async def removed() -> bool:
+            return not await engines.rows("SELECT FROM after_hours_sessions WHERE user_id = 'ada'")
+
+        await replicas.eventually(removed, within=5)
+        assert await client.start("bob", request_id=first) == started
+
+
 async def test_unknown_fields_are_part_of_the_body(engines: replicas.Engines) -> None:
     """A field that this release does not know makes another body: a newer client's retry is the same call."""
     async with replicas.replica(engines) as (_, client):

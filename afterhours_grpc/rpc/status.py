@@ -78,7 +78,8 @@ def _bytes_sent(rendered: status_pb2.Status) -> int:
     """Return how many bytes a status takes: its details and message in base64, and its message percent-encoded."""
     text = rendered.message
     escaped = len(text) + 2 * text.count("%") if text.isascii() and text.isprintable() else 3 * len(text.encode())
-    return escaped + -(-rendered.ByteSize() // 3) * 4
+    serialized: int = rendered.ByteSize()
+    return escaped + -(-serialized // 3) * 4
 
 
 def _clipped(text: str, longest: int) -> str:
