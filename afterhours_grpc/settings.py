@@ -120,9 +120,7 @@ class Settings(pydantic_settings.BaseSettings):
     warning_lead: Bounded = _variable(
         "AFTERHOURS_WARNING_LEAD", "2m", "EXPIRING is sent this long before the end; 0s turns it off."
     )
-    reconcile_interval: Positive = _variable(
-        "AFTERHOURS_RECONCILE_INTERVAL", "5s", "Time between two sweeps."
-    )
+    reconcile_interval: Positive = _variable("AFTERHOURS_RECONCILE_INTERVAL", "5s", "Time between two sweeps.")
     auth: typing.Literal["jwt", "mtls", "none"] = _variable(
         "AFTERHOURS_AUTH", "jwt", "Credentials: jwt, mtls, or on a loopback address none."
     )
@@ -169,9 +167,7 @@ class Settings(pydantic_settings.BaseSettings):
         pydantic_settings.NoDecode,
     ] = _variable("AFTERHOURS_METRICS_LISTEN", None, "host:port of the Prometheus endpoint.")
     reflection: bool = _variable("AFTERHOURS_REFLECTION", True, "Serve reflection: on or off.")
-    drain: Positive = _variable(
-        "AFTERHOURS_DRAIN", "10s", "Longest time from SIGTERM to exit."
-    )
+    drain: Positive = _variable("AFTERHOURS_DRAIN", "10s", "Longest time from SIGTERM to exit.")
     log_format: typing.Literal["console", "json"] = _variable(
         "AFTERHOURS_LOG_FORMAT", "console" if sys.stderr.isatty() else "json", "console or json."
     )
