@@ -11,7 +11,7 @@ SECONDS = prometheus_client.Histogram(
     "afterhours_call_seconds", "Seconds from a call's arrival to its answer.", ["method"], registry=REGISTRY
 )
 EXPIRED = prometheus_client.Counter(
-    "afterhours_sessions_expired", "Sessions closed at their expire_time.", registry=REGISTRY
+    "afterhours_sessions_expired", "Sessions that this process closed as EXPIRED, each once.", registry=REGISTRY
 )
 TIMER_WRITES_FAILED = prometheus_client.Counter(
     "afterhours_timer_writes_failed", "Pipelines of timers that Redis did not take.", registry=REGISTRY

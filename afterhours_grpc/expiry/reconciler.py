@@ -10,7 +10,7 @@ import time
 import redis.exceptions
 import structlog
 
-from afterhours_grpc import failpoints, metrics
+from afterhours_grpc import failpoints
 from afterhours_grpc.expiry import clock, schedule
 from afterhours_grpc.sessions import errors
 from afterhours_grpc.store import database, outbox, privacy, store
@@ -117,7 +117,6 @@ class Reconciler:
             except (errors.StoreUnavailable, database.Retry) as error:
                 log.warning("sweep_delayed", error=type(error).__name__)
             else:
-                metrics.EXPIRED.inc(swept.closed)
                 if swept != Swept(closed=0):
                     log.info("swept", **dataclasses.asdict(swept))
             await asyncio.sleep(max(0.0, began + self._interval - time.monotonic()))

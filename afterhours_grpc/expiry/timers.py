@@ -211,8 +211,6 @@ class Timers:
             if expiry.over or expiry.due:
                 again = jobstore.score(expiry.due.timestamp()) if expiry.due else ""
                 settled.append((self._kind.job_id(claim.session_id), claim.score, again))
-        if self._kind is jobstore.EXPIRE:
-            metrics.EXPIRED.inc(sum(each.over for each in expiries.values()))
         try:
             await self._settle(keys=[self._kind.key], args=list(itertools.chain.from_iterable(settled)))
         except redis.exceptions.RedisError as error:

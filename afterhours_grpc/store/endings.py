@@ -1,5 +1,12 @@
-"""The statements that end sessions, and that say that they are to end; see `transitions` for what they keep to."""
+"""The statements that end sessions, and that say that they are to end; see `transitions` for what they keep to.
 
+Each returns the `end_reason` of every session that it ended, also of those that nobody asked for, so that each of them
+can be counted once, by the process that ended it.
+"""
+
+import collections.abc
+
+from afterhours_grpc import metrics
 from afterhours_grpc.store import database, fragments
 
 
@@ -36,7 +43,7 @@ END_OF_USERS = database.Statement(f"""
 WITH asked AS (SELECT user_id FROM unnest(CAST(:user_ids AS text[])) AS asked(user_id)),
     {fragments.LOCKED_BY_USER.format(asked="asked")},
     {_ended()}
-SELECT s.id FROM ended AS s
+SELECT s.id, s.end_reason FROM ended AS s
 """)
 
 # For timers that fired. A row that another statement holds is passed over: its timer fires again.
@@ -47,7 +54,7 @@ WITH locked AS MATERIALIZED (
         FOR UPDATE SKIP LOCKED
     ),
     {_ended()}
-SELECT asked.id,
+SELECT asked.id, ended.end_reason,
     ended.id IS NOT NULL OR open.id IS NULL AND locked.id IS NULL AS over,
     CASE WHEN ended.id IS NULL THEN locked.expires_at END AS due
 FROM unnest(CAST(:ids AS uuid[])) AS asked(id)
@@ -67,7 +74,7 @@ WITH locked AS MATERIALIZED (
         LIMIT :most FOR UPDATE SKIP LOCKED
     ),
     {_ended()}
-SELECT s.id FROM ended AS s
+SELECT s.id, s.end_reason FROM ended AS s
 """)
 
 # For warnings that fired, answered as EXPIRE is. Each value of expires_at has one, whoever fires it how often.
@@ -97,3 +104,8 @@ LEFT JOIN LATERAL (
     WHERE id = asked.id AND {fragments.OPEN} AND warn_at IS NOT NULL AND expires_at > clock.at LIMIT 1
 ) AS pending ON true
 """)
+
+
+def count(found: collections.abc.Iterable[database.Row]) -> None:
+    """Count the sessions that statements ended, by the rows that they returned. Call it once, after the commit."""
+    metrics.EXPIRED.inc(sum(row.get("end_reason") == "EXPIRED" for row in found))

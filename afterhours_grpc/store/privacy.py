@@ -149,6 +149,7 @@ class Privacy:
             removed = await run(_REMOVE_SESSIONS_OF, user_id=user_id)
             await run(_RECORD, kind="ERASE", digest=_digest(user_id), reference=reference)
             failpoints.reach(failpoints.Point.ERASED)
+        endings.count(ended)
         return Erased(len(removed), bool(profile), tuple(ids))
 
     async def export_user(self, user_id: session.UserId, reference: str) -> str:

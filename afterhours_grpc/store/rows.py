@@ -54,8 +54,8 @@ def asked(method: session.Method, calls: collections.abc.Sequence[Call]) -> dict
 
 
 def by_ordinal(rows: list[database.Row], count: int) -> list[session.Session | None]:
-    """Give the session that each of `count` calls was answered, if it was."""
-    found = {row["ordinal"]: session_of(row) for row in rows}
+    """Return the session that each of `count` calls was answered, if it was. Rows without an ordinal are no answers."""
+    found = {row["ordinal"]: session_of(row) for row in rows if row["ordinal"]}
     return [found.get(ordinal) for ordinal in range(1, count + 1)]
 
 

@@ -58,7 +58,7 @@ class Store:
         places = [
             (ordinal, rank, place) for ordinal, choice in enumerate(candidates, 1) for rank, place in enumerate(choice)
         ]
-        found = await self._database.fetch(
+        found = await self._changed(
             transitions.START,
             **rows.asked(session.Method.START, calls),
             durations=[call.duration for call in calls],
@@ -73,26 +73,23 @@ class Store:
             radius_meters=location.RADIUS_METERS,
             **self._timed,
         )
-        self.noted.set()
         return rows.by_ordinal(found, len(calls))
 
     async def end(
         self, calls: collections.abc.Sequence[session.End], reason: session.EndReason
     ) -> list[session.Session | None]:
         """End active sessions. None: applied before, or none active (an overdue one has been closed then)."""
-        found = await self._database.fetch(endings.END, **rows.asked(session.Method.END, calls), reason=reason.value)
-        self.noted.set()
+        found = await self._changed(endings.END, **rows.asked(session.Method.END, calls), reason=reason.value)
         return [ended if ended and ended.end_reason is reason else None for ended in rows.by_ordinal(found, len(calls))]
 
     async def extend(self, calls: collections.abc.Sequence[session.Extend]) -> list[session.Session | None]:
         """Move the ends of active sessions. None: applied before, a closed gate, or none active."""
-        found = await self._database.fetch(
+        found = await self._changed(
             transitions.EXTEND_GATED if any(self._gates.values()) else transitions.EXTEND,
             **rows.asked(session.Method.EXTEND, calls),
             additionals=[call.additional for call in calls],
             **self._timed,
         )
-        self.noted.set()
         return rows.by_ordinal(found, len(calls))
 
     async def get(self, user_ids: collections.abc.Sequence[session.UserId]) -> list[session.Session | None]:
@@ -110,20 +107,18 @@ class Store:
 
     async def expire(self, ids: collections.abc.Sequence[session.SessionId]) -> list[Fired]:
         """Close those of these sessions that are overdue, as EXPIRED."""
-        found = await self._database.fetch(endings.EXPIRE, ids=list(ids), reason=None)
-        self.noted.set()
+        # Distinct: a timer may fire twice before its claims are settled, and each end is counted once.
+        found = await self._changed(endings.EXPIRE, ids=list(set(ids)), reason=None)
         return [Fired(row["id"], row["over"], row["due"]) for row in found]
 
     async def warn(self, ids: collections.abc.Sequence[session.SessionId]) -> list[Fired]:
         """Note of those of these sessions that are to end within the lead that they are, once for each end."""
-        found = await self._database.fetch(endings.WARN, ids=list(ids))
-        self.noted.set()
+        found = await self._changed(endings.WARN, ids=list(ids))
         return [Fired(row["id"], row["over"], row["due"]) for row in found]
 
     async def expire_overdue(self, most: int) -> list[session.SessionId]:
         """Close at most `most` overdue sessions, the longest overdue first; rows that others hold are left out."""
-        found = await self._database.fetch(endings.EXPIRE_OVERDUE, most=most, reason=None)
-        self.noted.set()
+        found = await self._changed(endings.EXPIRE_OVERDUE, most=most, reason=None)
         return [row["id"] for row in found]
 
     async def kept(self, asked: collections.abc.Sequence[tuple[session.Method, session.Request]]) -> list[bool]:
@@ -145,9 +140,11 @@ class Store:
             if not put["withdrawn"]:
                 return []
             failpoints.reach(failpoints.Point.PUT)
-            ended = await _end_of_user(run, profile.user_id, session.EndReason.INELIGIBLE)
-        self.noted.set()
-        return ended
+            ended = await run(
+                endings.END_OF_USERS, user_ids=[profile.user_id], reason=session.EndReason.INELIGIBLE.value
+            )
+        self._committed(ended)
+        return [row["id"] for row in ended]
 
     async def get_profiles(
         self, user_ids: collections.abc.Sequence[session.UserId]
@@ -162,9 +159,9 @@ class Store:
             if not await run(queries.DELETE_PROFILE, user_id=user_id):
                 return False, []
             failpoints.reach(failpoints.Point.DELETED)
-            ended = await _end_of_user(run, user_id, session.EndReason.PROFILE_REMOVED)
-        self.noted.set()
-        return True, ended
+            ended = await run(endings.END_OF_USERS, user_ids=[user_id], reason=session.EndReason.PROFILE_REMOVED.value)
+        self._committed(ended)
+        return True, [row["id"] for row in ended]
 
     async def clock(self) -> datetime.datetime:
         """Read the database's clock."""
@@ -201,9 +198,13 @@ class Store:
         found = await self._database.fetch(queries.STILL_ACTIVE, ids=list(ids))
         return {row["id"] for row in found}
 
+    async def _changed(self, statement: database.Statement, **parameters: object) -> list[database.Row]:
+        """Run a statement that changes sessions."""
+        found = await self._database.fetch(statement, **parameters)
+        self._committed(found)
+        return found
 
-async def _end_of_user(
-    run: database.Run, user_id: session.UserId, reason: session.EndReason
-) -> list[session.SessionId]:
-    found = await run(endings.END_OF_USERS, user_ids=[user_id], reason=reason.value)
-    return [row["id"] for row in found]
+    def _committed(self, found: list[database.Row]) -> None:
+        """Wake what delivers events, and count what ended, once the transaction of a statement is committed."""
+        self.noted.set()
+        endings.count(found)

@@ -70,6 +70,7 @@ WITH {
     {fragments.KEPT.format(changed="opened")}
 SELECT fresh.ordinal, s.*, clock.at AS as_of
 FROM opened AS s JOIN fresh USING (user_id) CROSS JOIN clock
+UNION ALL SELECT NULL, s.*, clock.at FROM closed AS s CROSS JOIN clock
 """)
 
 
