@@ -115,6 +115,51 @@ async def test_erasures_racing_starts_leave_nobody_active(engines: replicas.Engi
         assert await engines.rows("SELECT FROM after_hours_sessions") == []
 
 
+async def test_a_session_that_starts_during_an_erasure(engines: replicas.Engines) -> None:
+    """A user without a profile who gets one during an erasure comes after it: their session is not removed silently."""
+    async with replicas.replica(engines) as (_, client):
+        await client.put_profile("ada")
+        await client.start("ada")
+        await client.end("ada")
+        await client.delete_profile("ada")
+
+        async def placed() -> bool:
+            return len(await engines.rows("SELECT FROM after_hours_events")) == 2
+
+        await replicas.eventually(placed, within=5)
+
+        async def register() -> session_pb2.Session:
+            await client.put_profile("ada")
+            return await client.start("ada")
+
+        # Holds up the erasure after it looked for an active session, and before it removes sessions.
+        async with replicas.locked(engines, "SELECT FROM after_hours_events FOR UPDATE"):
+            erasing = asyncio.create_task(command(engines, "erase-user", "ada", "--reference", "ticket 1"))
+            await replicas.eventually(engines.in_flight, within=20)
+            registering = asyncio.create_task(register())
+            await asyncio.wait([registering], timeout=0.2)
+        assert (await erasing)[0] == 0
+        started = await registering
+
+        async def events() -> list[str]:
+            found = "SELECT type FROM after_hours_events WHERE session_id = $1 ORDER BY position"
+            return [row["type"] for row in await engines.rows(found, started.id)]
+
+        if (await client.get("ada")).active:
+            await client.end("ada")
+
+        async def complete() -> bool:
+            return await events() == ["STARTED", "ENDED"]
+
+        await replicas.eventually(complete, within=5)
+
+
+async def test_an_erasure_of_an_id_that_nobody_can_have(engines: replicas.Engines) -> None:
+    """Nothing is stored under it, and that is recorded as for any other."""
+    words = ("erase-user", 300 * "x", "--reference", "ticket 1")
+    assert await command(engines, *words) == (0, ["erased no profile and 0 sessions, of which 0 ended now"])
+
+
 async def test_without_redis(engines: replicas.Engines) -> None:
     """Without Redis an operator ends sessions all the same; the timer is left to the sweep."""
     async with replicas.replica(engines, AFTERHOURS_RECONCILE_INTERVAL="1s") as (_, client):

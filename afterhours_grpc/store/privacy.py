@@ -40,6 +40,16 @@ _REMOVE_ENDED = database.Statement(f"""
 DELETE FROM after_hours_sessions WHERE id = ANY(ARRAY({_PAST.format(further="")})) RETURNING id
 """)
 
+# Holds the user's place among the profiles until the erasure is committed, also where there is no profile to lock: one
+# that is put meanwhile waits, and so does a session, which needs it. Only a row that this inserts has an xmax of 0. Ids
+# that the table would refuse are left out: nothing is stored under them.
+_CLAIM_PROFILE = database.Statement("""
+INSERT INTO after_hours_profiles AS p (user_id, identity_verified, location_consent)
+SELECT CAST(:user_id AS text), false, false WHERE char_length(CAST(:user_id AS text)) BETWEEN 1 AND 255
+ON CONFLICT (user_id) DO UPDATE SET user_id = EXCLUDED.user_id
+RETURNING xmax <> 0 AS existed
+""")
+
 # Answers kept for a request_id go with their sessions; these are about other users' sessions.
 _REMOVE_ANSWERS_OF = database.Statement("""
 DELETE FROM after_hours_requests WHERE caller = :user_id RETURNING request_id
@@ -96,7 +106,7 @@ SELECT jsonb_pretty(jsonb_build_object(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Erased:
-    """What was erased of a user: how many sessions, and whether there was a profile."""
+    """What was erased of a user: how many sessions, whether there was a profile, and the sessions that it ended."""
 
     sessions: int
     profile: bool
@@ -135,10 +145,13 @@ class Privacy:
         return len(await self._database.fetch(queries.FORGET_REQUESTS, most=most))
 
     async def erase_user(self, user_id: session.UserId, reference: str) -> Erased:
-        """End an active session as ADMIN, remove all that is stored of a user, and record that, all or nothing."""
+        """End an active session as ADMIN, remove all that is stored of a user, and record that, all or nothing.
+
+        What else happens to the user comes before all of that, or after it.
+        """
         async with self._database.transaction() as run:
-            # First, so that no start comes between: it needs the profile.
-            profile = await run(queries.DELETE_PROFILE, user_id=user_id)
+            claimed = await run(_CLAIM_PROFILE, user_id=user_id)
+            await run(queries.DELETE_PROFILE, user_id=user_id)
             ended = await run(endings.END_OF_USERS, user_ids=[user_id], reason=session.EndReason.ADMIN.value)
             # The log's row first: while it is held no event moves from the one table to the other.
             await run(outbox.LOCK)
@@ -150,7 +163,7 @@ class Privacy:
             await run(_RECORD, kind="ERASE", digest=_digest(user_id), reference=reference)
             failpoints.reach(failpoints.Point.ERASED)
         endings.count(ended)
-        return Erased(len(removed), bool(profile), tuple(ids))
+        return Erased(len(removed), any(row["existed"] for row in claimed), tuple(ids))
 
     async def export_user(self, user_id: session.UserId, reference: str) -> str:
         """Give all that is stored of a user as JSON, exact locations included, and record that."""
