@@ -88,6 +88,36 @@ async def test_export_and_erase(engines: replicas.Engines) -> None:
         assert (status, lines) == (0, ["erased no profile and 0 sessions, of which 0 ended now"])
 
 
+async def test_an_export_has_what_the_user_did(engines: replicas.Engines) -> None:
+    """Calls that the user made about others, and exact locations read, are in it, without what is the others'."""
+    jwt = {"AFTERHOURS_AUTH": "jwt", "AFTERHOURS_JWT_SECRET": keys.SECRET}
+    async with (
+        replicas.replica(engines, **jwt) as (service, _),
+        replicas.Client(service.address, keys.token("bob", keys.EVERYTHING)) as bob,
+    ):
+        for user_id in ("ada", "bob"):
+            await bob.put_profile(user_id)
+        of_ada, own = replicas.request_id(), replicas.request_id()
+        session = await bob.start("ada", request_id=of_ada)
+        await bob.start("bob", request_id=own)
+        await bob.exact_location(session.id, "case 7")
+
+        exported = {}
+        for user_id in ("ada", "bob"):
+            status, lines = await command(engines, "export-user", user_id, "--reference", "ticket 1")
+            assert status == 0
+            exported[user_id] = json.loads("\n".join(lines))
+        by_id = {each["request_id"]: each for each in exported["bob"]["answers"]}
+        assert by_id.keys() == {of_ada, own}
+        assert by_id[of_ada].keys() == {"caller", "method", "request_id", "session_id", "answered_at"}
+        assert by_id[own].keys() > by_id[of_ada].keys()
+        assert [each["request_id"] for each in exported["ada"]["answers"]] == [of_ada]
+        assert [each["purpose"] for each in exported["bob"]["exact_location_reads_made"]] == ["case 7"]
+        assert exported["ada"]["exact_location_reads_made"] == exported["bob"]["exact_location_reads"] == []
+        assert '"ada"' not in json.dumps(exported["bob"])
+        assert len(exported["bob"]["sessions"]) == 1
+
+
 async def test_an_erasure_is_all_or_nothing(engines: replicas.Engines) -> None:
     """Killed before its commit, an erasure has erased nothing; run again, all."""
     async with replicas.replica(engines) as (_, client):

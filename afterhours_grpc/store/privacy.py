@@ -74,6 +74,7 @@ INSERT INTO after_hours_data_requests (kind, user_digest, reference, requested_a
 VALUES (:kind, :digest, :reference, {fragments.NOW})
 """)
 
+# Of what the user called or read about others, the call itself is the user's; when the others' sessions end is not.
 _EXPORT = database.Statement("""
 WITH s AS MATERIALIZED (SELECT * FROM after_hours_sessions WHERE user_id = :user_id)
 SELECT jsonb_pretty(jsonb_build_object(
@@ -89,12 +90,21 @@ SELECT jsonb_pretty(jsonb_build_object(
         FROM after_hours_events AS e WHERE e.user_id = :user_id
     ), '[]'),
     'answers', coalesce((
-        SELECT jsonb_agg(to_jsonb(r) - 'fingerprint' ORDER BY r.answered_at, r.request_id)
-        FROM after_hours_requests AS r WHERE r.session_id IN (SELECT id FROM s)
+        SELECT jsonb_agg(answer ORDER BY answered_at, request_id) FROM (
+            SELECT to_jsonb(r) - 'fingerprint' AS answer, answered_at, request_id
+            FROM after_hours_requests AS r WHERE r.session_id IN (SELECT id FROM s)
+            UNION ALL
+            SELECT to_jsonb(r) - '{fingerprint,expires_at,ended_at,end_reason}'::text[], answered_at, request_id
+            FROM after_hours_requests AS r WHERE r.caller = :user_id AND r.session_id NOT IN (SELECT id FROM s)
+        ) AS r
     ), '[]'),
     'exact_location_reads', coalesce((
         SELECT jsonb_agg(to_jsonb(e) - 'id' ORDER BY e.id)
         FROM after_hours_exact_reads AS e WHERE e.session_id IN (SELECT id FROM s)
+    ), '[]'),
+    'exact_location_reads_made', coalesce((
+        SELECT jsonb_agg(to_jsonb(e) - '{id,caller}'::text[] ORDER BY e.id)
+        FROM after_hours_exact_reads AS e WHERE e.caller = :user_id
     ), '[]'),
     'data_requests', coalesce((
         SELECT jsonb_agg(to_jsonb(d) - 'id' - 'user_digest' ORDER BY d.id)
@@ -166,7 +176,7 @@ class Privacy:
         return Erased(len(removed), any(row["existed"] for row in claimed), tuple(ids))
 
     async def export_user(self, user_id: session.UserId, reference: str) -> str:
-        """Give all that is stored of a user as JSON, exact locations included, and record that."""
+        """Return all that is stored of a user as JSON, exact locations included, and record that."""
         async with self._database.transaction() as run:
             await run(_RECORD, kind="EXPORT", digest=_digest(user_id), reference=reference)
             [row] = await run(_EXPORT, user_id=user_id, digest=_digest(user_id))
