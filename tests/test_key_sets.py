@@ -1,17 +1,25 @@
 """Tokens of a key set: by file and over https, while keys come and go, and while the endpoint is away."""
 
 import asyncio
+import collections
 import collections.abc
 import contextlib
 import http.server
+import json
 import pathlib
 import ssl
 import threading
 import typing
 
+import hypothesis
 import keys
 import pytest
 import replicas
+from hypothesis import strategies
+
+from afterhours_grpc import app
+from afterhours_grpc.rpc import tokens
+from afterhours_grpc.sessions import errors
 
 KEYS: dict[str, tuple[str, typing.Any]] = {
     f"{algorithm} key": (algorithm, make()) for algorithm, make in keys.ALGORITHMS.items()
@@ -190,3 +198,104 @@ async def test_an_endpoint_that_is_not_trusted(engines: replicas.Engines, endpoi
     async with replicas.process(engines, **settings) as (_, client):
         assert not await accepted(client.address, signed("RS256 key"))
         assert endpoint.visits == 0
+
+
+# What JSON may say where a string is expected, or an array, or an object.
+_ODD: tuple[typing.Any, ...] = (
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    10**400,
+    "",
+    "\0",
+    "\ud800",
+    "AQAB",
+    [],
+    ["RS256"],
+    {},
+    {"a": []},
+)
+_values = strategies.sampled_from(_ODD) | strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.text(max_size=20),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=3), inner),
+    max_leaves=5,
+)
+_described: list[dict[str, typing.Any]] = json.loads(keys.key_set(KEYS))["keys"]
+_members = strategies.sampled_from(
+    ["kty", "kid", "use", "alg", "crv", "n", "e", "x", "y", "d", "p", "k", "key_ops", "x5c"]
+)
+_changed = strategies.builds(
+    lambda key, changes: {**key, **changes},
+    strategies.sampled_from(_described),
+    strategies.dictionaries(_members, _values, min_size=1, max_size=3),
+)
+_sets = strategies.one_of(
+    _values,
+    strategies.fixed_dictionaries({"keys": _values}),
+    strategies.fixed_dictionaries({"keys": strategies.lists(_changed | _values, max_size=4)}),
+)
+
+
+async def test_no_key_set_is_too_odd(tmp_path: pathlib.Path) -> None:
+    """Whatever JSON a key set is, its keys are read, or KeySetError is raised; and those that are well serve."""
+    file = tmp_path / "jwks.json"
+    loop = asyncio.get_running_loop()
+    met: collections.Counter[str] = collections.Counter()
+
+    async def read(text: str) -> None:
+        file.write_text(text, encoding="utf-8", errors="surrogatepass")
+        key_set = tokens.KeySet(file.as_uri())
+        try:
+            await key_set.refresh()
+        except tokens.KeySetError as error:
+            met["refused"] += 1
+            met[str(error).rpartition(": ")[2]] += 1
+            return
+        met["read"] += 1
+        for id in ("RS256 key", "nobody's", None):
+            with contextlib.suppress(errors.Unauthenticated):
+                assert (await key_set.find(id)).algorithm_name in tokens.ASYMMETRIC
+
+    @hypothesis.settings(max_examples=500, deadline=None, database=None)
+    @hypothesis.given(_sets)
+    def probe(drawn: typing.Any) -> None:
+        asyncio.run_coroutine_threadsafe(read(json.dumps(drawn)), loop).result(20)
+
+    await asyncio.to_thread(probe)
+    assert met["read"]
+    assert met["refused"] == met["check AFTERHOURS_JWKS_URL"] > 0
+    for text in (100_000 * "[", "1" * 100_000, "\ud800", '{"keys": [' + 50_000 * "[" + "]}"):
+        file.write_text(text, encoding="utf-8", errors="surrogatepass")
+        with pytest.raises(tokens.KeySetError):
+            await tokens.KeySet(file.as_uri()).refresh()
+
+
+@pytest.mark.parametrize("member", ["kty", "kid", "use", "alg", "crv", "x"])
+async def test_an_odd_key_among_others(engines: replicas.Engines, tmp_path: pathlib.Path, member: str) -> None:
+    """A key of which a member is a list is ignored, beside others; alone it is refused at the start, in one line."""
+    odd = {**_described[1], "kid": "odd", member: ["RS256"]}
+    file = tmp_path / "jwks.json"
+    file.write_text(json.dumps({"keys": [odd, *_described]}))
+    async with replicas.replica(engines, **by_file(file)) as (service, _):
+        assert await accepted(service.address, signed("ES256 key"))
+    file.write_text(json.dumps({"keys": [odd]}))
+    with pytest.raises(app.StartError, match="AFTERHOURS_JWKS_URL"):
+        async with replicas.replica(engines, **by_file(file)):
+            pass
+
+
+async def test_an_endpoint_that_becomes_odd(
+    engines: replicas.Engines, endpoint: Endpoint, authority: keys.Authority
+) -> None:
+    """A set that can no longer be read is a warning in the log, and the keys that are known go on to serve."""
+    endpoint.text = keys.key_set({"ES256 key": KEYS["ES256 key"]})
+    async with replicas.process(engines, **by_https(endpoint, authority)) as (process, client):
+        assert await accepted(client.address, signed("ES256 key"))
+        endpoint.text = json.dumps({"keys": [{**_described[0], "alg": ["RS256"]}]})
+        assert not await accepted(client.address, signed("RS256 key"))
+        assert endpoint.visits == 2
+        assert await accepted(client.address, signed("ES256 key", scope="fresh"))
+    assert sum("jwks_unavailable" in line for line in process.lines) == 1
+    assert not [line for line in process.lines if "Traceback" in line or "died" in line]

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections.abc
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -22,6 +23,8 @@ LEEWAY = 30
 """Seconds by which the clock of who signed a token may differ from ours."""
 
 SYMMETRIC, ASYMMETRIC = ("HS256",), ("RS256", "ES256", "EdDSA")
+# Members of a JWK that are read, each a string; not those of a private key.
+_MEMBERS = ("kty", "kid", "use", "alg", "crv", "n", "e", "x", "y")
 # Seconds between two looks at a JWKS, after one that did not find a key id, and that a look may take.
 _REFRESH = 300.0
 _COOLDOWN = 5.0
@@ -102,10 +105,9 @@ class KeySet:
     async def refresh(self) -> None:
         """Look at the URL. Raise KeySetError."""
         try:
-            found = await asyncio.to_thread(_fetched, self._url)
-        except (OSError, ValueError, jwt.PyJWTError) as error:
-            raise KeySetError(f"the JWKS cannot be had ({type(error).__name__}): check AFTERHOURS_JWKS_URL") from error
-        usable = [key for key in found if key.algorithm_name in ASYMMETRIC and key.public_key_use in {None, "sig"}]
+            usable = _usable(await asyncio.to_thread(_fetched, self._url))
+        except (OSError, ValueError, RecursionError, jwt.PyJWTError) as error:
+            raise KeySetError(f"the JWKS cannot be read ({type(error).__name__}): check AFTERHOURS_JWKS_URL") from error
         if not usable:
             raise KeySetError(f"the JWKS has no key for {', '.join(ASYMMETRIC)}: check AFTERHOURS_JWKS_URL")
         self._keys = {key.key_id: key for key in usable if key.key_id}
@@ -120,14 +122,30 @@ class KeySet:
             await self._look()
 
 
-def _fetched(url: str) -> jwt.PyJWKSet:
+def _fetched(url: str) -> typing.Any:
+    """Return the JSON at a URL, whatever it is."""
     if url.startswith("file:"):
         path = urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
-        found = json.loads(pathlib.Path(path).read_text())
-        if not isinstance(found, dict):
-            raise ValueError("a JWKS is a JSON object")
-        return jwt.PyJWKSet.from_dict(found)
-    return jwt.PyJWKClient(url, cache_jwk_set=False, timeout=_FETCH_TIMEOUT).get_jwk_set()
+        return json.loads(pathlib.Path(path).read_text())
+    return jwt.PyJWKClient(url, cache_jwk_set=False, timeout=_FETCH_TIMEOUT).fetch_data()
+
+
+def _usable(found: typing.Any) -> list[jwt.PyJWK]:
+    """Return the keys that tokens may be signed by, without those that cannot be read, as RFC 7517 says.
+
+    Raise KeySetError for what is no key set.
+    """
+    keys = found.get("keys") if isinstance(found, dict) else None
+    if not isinstance(keys, list):
+        raise KeySetError("the JWKS is not a JSON object with an array of keys: check AFTERHOURS_JWKS_URL")
+    usable = []
+    for each in keys:
+        described = {name: each[name] for name in _MEMBERS if name in each} if isinstance(each, dict) else {}
+        if described and all(isinstance(value, str) for value in described.values()):
+            # Besides PyJWTError, others escape from where it looks for members and from its cryptography.
+            with contextlib.suppress(Exception):
+                usable.append(jwt.PyJWK(described))
+    return [key for key in usable if key.algorithm_name in ASYMMETRIC and key.public_key_use in {None, "sig"}]
 
 
 class Tokens:
