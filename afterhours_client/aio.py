@@ -2,6 +2,7 @@
 
 import asyncio
 import collections.abc
+import contextlib
 import datetime
 import typing
 
@@ -22,7 +23,8 @@ class Client(connection.Connection):
     _library: typing.ClassVar[typing.Any] = grpc.aio
 
     async def close(self) -> None:
-        """Close the channel; idempotent."""
+        """End all watches and calls, and close the channel; idempotent."""
+        self._end()
         await self._channel.close()
 
     async def __aenter__(self) -> typing.Self:
@@ -32,8 +34,10 @@ class Client(connection.Connection):
         await self.close()
 
     async def _call(self, method: typing.Any, request: message.Message, timeout: float | None = None) -> typing.Any:
+        if self._closed:
+            raise errors.ClientClosed
         try:
-            return await method(request, **self._with(timeout))
+            return await _received(method(request, **self._with(timeout)))
         except grpc.RpcError as failed:
             raise errors.AfterhoursError.of(failed) from failed
 
@@ -138,26 +142,47 @@ class Client(connection.Connection):
 
     def watch(self, user_ids: collections.abc.Iterable[str] = (), *, cursor: str = "") -> "Watch":
         """Watch the sessions of at most 1,000 users, or of all, after a cursor or from now on."""
-        return Watch(self._sessions, self._token, requests.Going(user_ids, cursor, callable(self._token)))
+        state = requests.WatchState(user_ids, cursor, callable(self._token))
+        return self._registered(Watch(self._sessions, self._token, state))
 
 
 class Watch(connection.Stream):
-    """A watch for asyncio; see `connection.Stream` for what it promises."""
+    """A watch for asyncio; see `connection.Stream` for its guarantees."""
+
+    _event: typing.ClassVar[typing.Any] = asyncio.Event
 
     async def __aiter__(self) -> collections.abc.AsyncIterator[session_event_pb2.SessionEvent]:
-        """Give the events as they come."""
-        while not self._closed:
+        """Return the events as they arrive."""
+        while (stream := self._open()) is not None:
             failed: grpc.RpcError | None = None
             try:
-                async for response in self._open():
-                    if self._going.came(response.event):
+                while (response := await _received(stream.read())) is not grpc.aio.EOF:
+                    if self._state.received(response.event):
                         yield response.event
             except grpc.RpcError as error:
                 failed = error
-            except asyncio.CancelledError:
-                # Of the stream, by close(); or of the task.
-                if not self._closed:
+            except errors.ClientClosed:
+                if not self._closing.is_set():
                     raise
-            if self._closed:
+            finally:
+                stream.cancel()  # of a reader that stopped reading
+            if self._closing.is_set():
                 return
-            await asyncio.sleep(self._going.after(failed))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._state.pause(failed)):
+                    await self._closing.wait()
+
+
+async def _received(call: collections.abc.Awaitable[typing.Any]) -> typing.Any:
+    """Return what a call brings; raise ClientClosed if the call was cancelled, and not the task that waits for it.
+
+    grpc.aio raises CancelledError for both, and a task must neither end by the former nor survive the latter.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await call
+    except asyncio.CancelledError:
+        if task is None or task.cancelling() > before:
+            raise
+        raise errors.ClientClosed from None

@@ -2,7 +2,7 @@
 
 import collections.abc
 import datetime
-import time
+import threading
 import typing
 
 import grpc
@@ -22,7 +22,8 @@ class Client(connection.Connection):
     _library: typing.ClassVar[typing.Any] = grpc
 
     def close(self) -> None:
-        """Close the channel; idempotent."""
+        """End all watches and calls, and close the channel; idempotent, and callable from any thread."""
+        self._end()
         self._channel.close()
 
     def __enter__(self) -> typing.Self:
@@ -35,7 +36,14 @@ class Client(connection.Connection):
         try:
             return method(request, **self._with(timeout))
         except grpc.RpcError as failed:
-            raise errors.AfterhoursError.of(failed) from failed
+            error = errors.AfterhoursError.of(failed)
+            if self._closed and error.code is grpc.StatusCode.CANCELLED:
+                raise errors.ClientClosed from failed
+            raise error from failed
+        except ValueError as failed:  # of a closed channel
+            if self._closed:
+                raise errors.ClientClosed from failed
+            raise
 
     def start(
         self,
@@ -129,22 +137,27 @@ class Client(connection.Connection):
 
     def watch(self, user_ids: collections.abc.Iterable[str] = (), *, cursor: str = "") -> "Watch":
         """Watch the sessions of at most 1,000 users, or of all, after a cursor or from now on."""
-        return Watch(self._sessions, self._token, requests.Going(user_ids, cursor, callable(self._token)))
+        state = requests.WatchState(user_ids, cursor, callable(self._token))
+        return self._registered(Watch(self._sessions, self._token, state))
 
 
 class Watch(connection.Stream):
-    """A watch that blocks; see `connection.Stream` for what it promises."""
+    """A watch that blocks; see `connection.Stream` for its guarantees. `close` may be called from any thread."""
+
+    _event: typing.ClassVar[typing.Any] = threading.Event
 
     def __iter__(self) -> collections.abc.Iterator[session_event_pb2.SessionEvent]:
-        """Give the events as they come."""
-        while not self._closed:
+        """Return the events as they arrive."""
+        while (stream := self._open()) is not None:
             failed: grpc.RpcError | None = None
             try:
-                for response in self._open():
-                    if self._going.came(response.event):
+                for response in stream:
+                    if self._state.received(response.event):
                         yield response.event
             except grpc.RpcError as error:
                 failed = error
-            if self._closed:
+            finally:
+                stream.cancel()  # of a reader that stopped reading
+            if self._closing.is_set():
                 return
-            time.sleep(self._going.after(failed))
+            self._closing.wait(self._state.pause(failed))

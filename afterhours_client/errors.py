@@ -19,9 +19,10 @@ class AfterhoursError(Exception):
 
     _by_reason: typing.ClassVar[dict[str, type["AfterhoursError"]]] = {}
 
-    def __init_subclass__(cls, *, reason: str) -> None:
-        """Take a class for a reason."""
-        AfterhoursError._by_reason[reason] = cls
+    def __init_subclass__(cls, *, reason: str = "") -> None:
+        """Register the class of a reason; one without is no server's."""
+        if reason:
+            AfterhoursError._by_reason[reason] = cls
 
     def __init__(
         self,
@@ -62,6 +63,13 @@ class AfterhoursError(Exception):
             {each.field: each.description for each in request.field_violations},
             retry.retry_delay.ToTimedelta() if retry.HasField("retry_delay") else None,
         )
+
+
+class ClientClosed(AfterhoursError):
+    """The client was closed before the call was answered; a call with the same request_id tells what was applied."""
+
+    def __init__(self) -> None:
+        super().__init__(grpc.StatusCode.CANCELLED, "the client was closed")
 
 
 class InvalidRequest(AfterhoursError, reason="INVALID_REQUEST"):
@@ -117,7 +125,10 @@ class LocationErased(AfterhoursError, reason="LOCATION_ERASED"):
 
 
 class CursorExpired(AfterhoursError, reason="CURSOR_EXPIRED"):
-    """Events after this cursor are no longer kept: watch from now on, and list."""
+    """Events after this cursor are no longer kept, or the database lost them: start again.
+
+    Watch with an empty cursor, wait until the new watch has a cursor, list, and then apply events.
+    """
 
 
 class SlowConsumer(AfterhoursError, reason="SLOW_CONSUMER"):

@@ -1,9 +1,10 @@
-"""What both clients share: the channel's options, the requests, and when a watch goes on."""
+"""What both clients share: the channel's options, the requests, and the state of a watch."""
 
 import collections.abc
 import datetime
 import json
 import random
+import time
 import typing
 import uuid
 
@@ -39,24 +40,31 @@ _SERVICE_CONFIG = {
         }
     ],
 }
-# Seconds before a watch is tried again: doubled each time that brought nothing.
+# Seconds before a stream is opened again: doubled each time, until one brings an event or lasts for the longest pause.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+# How many tokens in a row a server may refuse before a watch ends: a function may return an old one once more.
+_MAX_REFUSED_TOKENS = 4
 
 
 def options(further: collections.abc.Iterable[tuple[str, typing.Any]]) -> list[tuple[str, typing.Any]]:
-    """Give the options of a channel; `further` ones win."""
+    """Return the options of a channel; `further` ones override ours."""
     ours = {
         "grpc.service_config": json.dumps(_SERVICE_CONFIG),
         "grpc.enable_retries": 1,
-        # A server that vanished is noticed within 40 s, while a call or a watch is under way.
+        # While a call or a watch is under way, a server that vanished is noticed within 40 s: a ping follows 30 s of
+        # silence, and must be answered within 10 s. `ping_timeout_ms` is what ends the connection, by default after a
+        # minute; `keepalive_timeout_ms` is only how long the kernel may wait for the acknowledgement of sent bytes.
         "grpc.keepalive_time_ms": 30_000,
         "grpc.keepalive_timeout_ms": 10_000,
+        "grpc.http2.ping_timeout_ms": 10_000,
+        # A watch sends nothing but pings. By default the third in a row would wait for a minute.
+        "grpc.http2.max_pings_without_data": 0,
     }
     return list({**ours, **dict(further)}.items())
 
 
 def metadata(token: Token | None) -> tuple[tuple[str, str], ...]:
-    """Give the credentials of a call; a token that is a function is asked each time."""
+    """Return the credentials of a call; a token that is a function is called each time."""
     found = token() if callable(token) else token
     return (("authorization", f"Bearer {found}"),) if found else ()
 
@@ -76,7 +84,7 @@ def _location(place: Place | None) -> session_pb2.Location | None:
 def start(
     user_id: str, duration: datetime.timedelta, place: Place, request_id: str | None
 ) -> session_service_pb2.StartSessionRequest:
-    """Make a request; without a request_id it gets a new one, as in the others."""
+    """Return a request, with a new request_id unless one is passed."""
     return session_service_pb2.StartSessionRequest(
         user_id=user_id,
         duration=_duration(duration),
@@ -86,14 +94,14 @@ def start(
 
 
 def end(user_id: str, request_id: str | None) -> session_service_pb2.EndSessionRequest:
-    """Make a request."""
+    """Return a request."""
     return session_service_pb2.EndSessionRequest(user_id=user_id, request_id=request_id or str(uuid.uuid4()))
 
 
 def extend(
     user_id: str, additional: datetime.timedelta, request_id: str | None
 ) -> session_service_pb2.ExtendSessionRequest:
-    """Make a request."""
+    """Return a request."""
     return session_service_pb2.ExtendSessionRequest(
         user_id=user_id,
         additional_duration=_duration(additional),
@@ -102,26 +110,26 @@ def extend(
 
 
 def get(user_id: str) -> session_service_pb2.GetSessionRequest:
-    """Make a request."""
+    """Return a request."""
     return session_service_pb2.GetSessionRequest(user_id=user_id)
 
 
 def batch(
     user_ids: collections.abc.Iterable[str], min_remaining: datetime.timedelta | None
 ) -> session_service_pb2.BatchGetSessionsRequest:
-    """Make a request."""
+    """Return a request."""
     return session_service_pb2.BatchGetSessionsRequest(user_ids=user_ids, min_remaining=_duration(min_remaining))
 
 
 def history(user_id: str, page_size: int) -> session_service_pb2.ListSessionsRequest:
-    """Make the request of the first page."""
+    """Return the request of the first page."""
     return session_service_pb2.ListSessionsRequest(user_id=user_id, page_size=page_size)
 
 
 def active(
     near: Place | None, radius_meters: float, min_remaining: datetime.timedelta | None, page_size: int
 ) -> session_service_pb2.ListActiveSessionsRequest:
-    """Make the request of the first page."""
+    """Return the request of the first page."""
     return session_service_pb2.ListActiveSessionsRequest(
         near=_location(near),
         radius_meters=radius_meters,
@@ -131,58 +139,72 @@ def active(
 
 
 def exact_location(session_id: str, purpose: str) -> session_service_pb2.GetExactLocationRequest:
-    """Make a request."""
+    """Return a request."""
     return session_service_pb2.GetExactLocationRequest(session_id=session_id, purpose=purpose)
 
 
 def put_profile(profile: profile_pb2.Profile) -> profile_service_pb2.PutProfileRequest:
-    """Make a request."""
+    """Return a request."""
     return profile_service_pb2.PutProfileRequest(profile=profile)
 
 
 def get_profile(user_id: str) -> profile_service_pb2.GetProfileRequest:
-    """Make a request."""
+    """Return a request."""
     return profile_service_pb2.GetProfileRequest(user_id=user_id)
 
 
 def delete_profile(user_id: str) -> profile_service_pb2.DeleteProfileRequest:
-    """Make a request."""
+    """Return a request."""
     return profile_service_pb2.DeleteProfileRequest(user_id=user_id)
 
 
 def session_of(response: message.Message) -> session_pb2.Session:
-    """Give the session of an answer."""
+    """Return the session of a response."""
     return typing.cast("session_service_pb2.StartSessionResponse", response).session
 
 
-class Going:
-    """Where a watch stands, and when it goes on."""
+class WatchState:
+    """Where a watch stands, and how long it waits before its stream is opened again."""
 
     def __init__(self, user_ids: collections.abc.Iterable[str], cursor: str, renewable: bool) -> None:
         self._user_ids = list(user_ids)
         self._renewable = renewable
         self._pause = _SHORTEST_PAUSE
+        self._opened = 0.0
+        self._refused_tokens = 0
         self.cursor = cursor
 
     def request(self) -> session_service_pb2.WatchSessionsRequest:
-        """Give the request that goes on from here."""
+        """Return the request of a stream that resumes here."""
+        self._opened = time.monotonic()
         return session_service_pb2.WatchSessionsRequest(user_ids=self._user_ids, cursor=self.cursor)
 
-    def came(self, event: session_event_pb2.SessionEvent) -> bool:
-        """Note where the watch stands now; whether that is an event for its reader."""
+    def received(self, event: session_event_pb2.SessionEvent) -> bool:
+        """Record where the watch stands now; return whether the event is one for its reader."""
         self.cursor = event.cursor
+        self._refused_tokens = 0
+        if event.type == HEARTBEAT:
+            # A stream may end right after its first heartbeat, again and again, so that this resets no pause.
+            return False
         self._pause = _SHORTEST_PAUSE
-        return event.type != HEARTBEAT
+        return True
 
-    def after(self, failed: grpc.RpcError | None) -> float:
-        """Give how many seconds to wait before going on, or raise the error that ends the watch."""
+    def pause(self, failed: grpc.RpcError | None) -> float:
+        """Return how many seconds to wait before the stream is opened again; raise an error that this cannot mend."""
         if failed:
             error = errors.AfterhoursError.of(failed)
-            again = error.code is grpc.StatusCode.UNAVAILABLE or isinstance(error, errors.SlowConsumer)
-            # A token that is a function may give a new one: once at a time, for a new one brings a heartbeat.
-            renewed = isinstance(error, errors.Unauthenticated) and self._renewable and self._pause < 1
-            if not again and not renewed:
+            if not self._can_resume(error):
                 raise error from failed
+        if time.monotonic() - self._opened > _LONGEST_PAUSE:
+            self._pause = _SHORTEST_PAUSE
         pause = self._pause
         self._pause = min(2 * pause, _LONGEST_PAUSE)
         return pause * random.uniform(0.5, 1)  # noqa: S311 - it spreads retries
+
+    def _can_resume(self, error: errors.AfterhoursError) -> bool:
+        if isinstance(error, errors.Unauthenticated):
+            self._refused_tokens += 1
+            return self._renewable and self._refused_tokens <= _MAX_REFUSED_TOKENS
+        # Without a reason it was not the service that ended the stream, but a server that was stopped, or a proxy.
+        cancelled = error.code is grpc.StatusCode.CANCELLED and not error.reason
+        return cancelled or error.code is grpc.StatusCode.UNAVAILABLE or isinstance(error, errors.SlowConsumer)

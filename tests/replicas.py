@@ -361,6 +361,15 @@ async def eventually(holds: collections.abc.Callable[[], collections.abc.Awaitab
             await asyncio.sleep(0.02)
 
 
+async def until(holds: collections.abc.Callable[[], bool], within: float = 10) -> None:
+    """Wait until something in this process holds, as `eventually` does."""
+
+    async def does() -> bool:
+        return holds()
+
+    await eventually(does, within)
+
+
 def request_id() -> str:
     """Give a new request_id."""
     return str(uuid.uuid4())
