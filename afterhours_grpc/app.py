@@ -3,14 +3,13 @@
 import asyncio
 import collections.abc
 import contextlib
-import time
 
 import asyncpg
 import prometheus_client
 import structlog
 import tenacity
 
-from afterhours_grpc import background, credentials, metrics, settings, throttle
+from afterhours_grpc import background, credentials, health_monitor, metrics, settings, throttle
 from afterhours_grpc.events import feed
 from afterhours_grpc.expiry import clock, reconciler, schedule
 from afterhours_grpc.rpc import auth, certificates, cursors, rendering, server, wire
@@ -20,11 +19,8 @@ from afterhours_grpc.store import lists as store_lists
 
 log = structlog.get_logger()
 
-# Seconds for which Postgres may be unreachable at the start, and later before health says NOT_SERVING.
+# Seconds for which Postgres may be unreachable at the start.
 _PATIENCE_AT_START = 10
-_PATIENCE = 5.0
-# Seconds between two looks at Postgres and at the scheduler, and that a look may take.
-_LOOK = 1.0
 # Seconds for which new calls are told that the server is shutting down, before its port closes.
 _FAREWELL = 0.5
 # Of the longest time from SIGTERM to exit, the share in which calls in flight may end.
@@ -47,47 +43,19 @@ class Service:
         self,
         database: database.Database,
         store: store.Store,
-        server: server.Server,
         schedule: schedule.Schedule,
         reconciler: reconciler.Reconciler,
         address: str,
+        failed: asyncio.Event,
     ) -> None:
         self.database = database
         self.address = address
         # Set when something died that only a new process brings back.
-        self.failed = asyncio.Event()
+        self.failed = failed
+        # Tests look at these.
         self._store = store
-        self._server = server
         self._schedule = schedule
         self._reconciler = reconciler
-
-    async def watch(self) -> None:
-        """Keep health honest: SERVING while Postgres answers, once what is overdue has been closed."""
-        answered = time.monotonic()
-        serving = True
-        while True:
-            looked = time.monotonic()
-            await asyncio.sleep(_LOOK)
-            # Where the whole process was stopped (SIGSTOP, a machine that slept) the scheduler has not looked either,
-            # and is given until the next look.
-            was_stopped = time.monotonic() - looked > 2 * _LOOK
-            if not self._schedule.alive and not was_stopped:
-                log.error("scheduler_died")
-                self.failed.set()
-            try:
-                async with asyncio.timeout(_LOOK):
-                    await self._store.clock()
-                if not serving:
-                    await self._reconciler.close_overdue()
-                    log.info("serving_again")
-                    serving = True
-                answered = time.monotonic()
-            except (errors.StoreUnavailable, database.Retry, TimeoutError):
-                away = time.monotonic() - answered
-                if serving and away > _PATIENCE:
-                    serving = False
-                    log.error("postgres_unreachable", seconds=round(away, 1))
-            await self._server.serving(serving)
 
 
 @contextlib.asynccontextmanager
@@ -154,14 +122,16 @@ async def running(
         )
         last.push_async_callback(grpc_server.stop)
         address = await _listening(grpc_server, *config.listen)
-        await grpc_server.serving(True)
-        built = Service(db, session_store, grpc_server, timed, sweeper, address)
-        watch = tasks.keep("watch", built.watch)
+        grpc_server.serving(True)
+        failed = asyncio.Event()
+        monitor = health_monitor.HealthMonitor(
+            db, session_store, sweeper.close_overdue, lambda: timed.alive, grpc_server.serving, failed
+        )
+        tasks.keep("health", monitor.run)
         last.callback(leave)
         try:
-            yield built
+            yield Service(db, session_store, timed, sweeper, address, failed)
         finally:
-            watch.cancel()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(config.drain.total_seconds() * _DRAINING):
                     await grpc_server.drain(_FAREWELL)

@@ -15,7 +15,7 @@ import typing
 import asyncpg
 import typer
 
-from afterhours_grpc import administration, calls, logs, settings, workers
+from afterhours_grpc import administration, calls, logs, metrics, output, serving, settings
 from afterhours_grpc import app as service_app
 from afterhours_grpc import doctor as examination
 from afterhours_grpc.embedded import postgres, process, redis
@@ -41,8 +41,7 @@ def serve(flags: dict[str, str]) -> None:
     """Serve on DATABASE_URL and REDIS_URL until SIGTERM."""
     try:
         config = settings.load(flags)
-        logs.configure(config.log_format)
-        failed = asyncio.run(workers.serve(config, flags, leave=workers.end_process))
+        failed = asyncio.run(serving.serve(config, flags, _console(config), leave=True))
     except (settings.SettingsError, service_app.StartError) as error:
         refuse(error)
     raise typer.Exit(failed)
@@ -84,9 +83,9 @@ def dev(
             flags = {**flags, "DATABASE_URL": truth.url, "REDIS_URL": timers.url}
             config = settings.load(flags)
             config.check()
-            logs.configure(config.log_format)
-            typer.echo(f"data      {directory}\nPostgres  {truth.url}\nRedis     {timers.url}")
-            failed = asyncio.run(_dev(config, flags, truth.url))
+            console = _console(config)
+            console.print(f"data      {directory}\nPostgres  {truth.url}\nRedis     {timers.url}")
+            failed = asyncio.run(_dev(config, flags, console, truth.url))
     except (process.EngineError, settings.SettingsError, service_app.StartError, schema.SchemaError) as error:
         refuse(error)
     except OSError as error:
@@ -115,6 +114,13 @@ def doctor(
     raise typer.Exit(int(any(each.level is examination.Level.WRONG for each in findings)))
 
 
+def _console(config: settings.Settings) -> output.Console:
+    """Set up logging and stdout, neither of which waits for its reader."""
+    log = logs.configure(config.log_format)
+    metrics.count("afterhours_log_lines_dropped", "Lines of the log that could not be written.", lambda: log.dropped)
+    return output.Console(log)
+
+
 def _data_dir() -> pathlib.Path:
     # Root's home is closed to the user that Postgres runs as.
     return pathlib.Path("/var/lib/afterhours") if os.geteuid() == 0 else pathlib.Path.home() / ".local/share/afterhours"
@@ -131,7 +137,7 @@ def _fuzz_key(directory: pathlib.Path) -> str:
     return kept.read_text()
 
 
-async def _dev(config: settings.Settings, flags: dict[str, str], url: str) -> int:
+async def _dev(config: settings.Settings, flags: dict[str, str], console: output.Console, url: str) -> int:
     await schema.migrate(url)
     db = database.Database(url)
     try:
@@ -140,14 +146,13 @@ async def _dev(config: settings.Settings, flags: dict[str, str], url: str) -> in
             await profiles.put_profile(session.Profile(DEMO, identity_verified=True, location_consent=True))
     finally:
         await db.close()
-    return await workers.serve(config, flags, _greet)
+    return await serving.serve(config, flags, console, _greeting)
 
 
-def _greet(address: str) -> None:
+def _greeting(address: str) -> str:
     body = '{"user_id": "demo", "duration": "900s", "location": {"latitude": 52.5163, "longitude": 13.3777}}'
     method = "afterhours.v1.SessionService/StartSession"
-    typer.echo(
-        f"""
+    return f"""
 Try it in another terminal:
 
   {_program("grpcurl")} -plaintext -d {shlex.quote(body)} {address} {method}
@@ -156,7 +161,6 @@ Try it in another terminal:
   {_program("afterhours-grpc")} call start demo --latitude 52.5163 --longitude 13.3777 --target {address}
   {_program("afterhours-grpc")} call get demo --target {address}
 """
-    )
 
 
 def _program(name: str) -> str:

@@ -2,17 +2,16 @@
 
 import collections.abc
 import inspect
-import sys
 import typing
 
 import typer
 
-from afterhours_grpc import settings
+from afterhours_grpc import output, settings
 
 
 def refuse(error: object) -> typing.NoReturn:
-    """End with one line and exit status 1."""
-    sys.stderr.write(f"afterhours-grpc: {error}\n")
+    """End with one line and exit status 1, whether or not anybody reads stderr."""
+    output.LineWriter(2).write(f"afterhours-grpc: {error}".encode(errors="backslashreplace"))
     raise typer.Exit(1)
 
 

@@ -1,138 +1,64 @@
-"""What `serve` runs: one process that serves, or a supervisor of several that share a port."""
+"""A supervisor of several serving processes that share a port."""
 
 import asyncio
 import collections.abc
 import contextlib
-import gc
-import os
-import resource
-import signal
 import socket
 import sys
-import threading
 import typing
 
 import structlog
-import typer
 
-from afterhours_grpc import app, settings
+from afterhours_grpc import app, logs, settings
 
 log = structlog.get_logger()
 
 # Seconds before a dead worker is started again: doubled each time, until one has lived for the longest of them.
 _SHORTEST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
-_LISTENING = "listening on "
 
 
-def end_process(status: int) -> None:
-    """End the process at once."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+class Supervisor:
+    """Starts the workers, restarts those that die, and ends them; a worker gets `drain` seconds for its end."""
 
+    def __init__(self, config: settings.Settings, flags: collections.abc.Mapping[str, str], drain: float) -> None:
+        self._config = config
+        self._flags = flags
+        self._drain = drain
 
-async def serve(
-    config: settings.Settings,
-    flags: collections.abc.Mapping[str, str],
-    greet: collections.abc.Callable[[str], None] = lambda _: None,
-    leave: collections.abc.Callable[[int], None] = lambda _: None,
-) -> int:
-    """Serve until SIGTERM or SIGINT; give the exit status. Raise StartError or SettingsError.
+    async def run(self, stop: asyncio.Event, announce: collections.abc.Callable[[str], None]) -> int:
+        """Run the workers until `stop` is set, and return the exit status. Raise StartError or SettingsError.
 
-    `flags` are the settings by variable that came from elsewhere than the environment, `greet` is called with the
-    address once it serves, and `leave` with the exit status when all but the port of a serving process is closed.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if config.workers > 1:
-        return await _supervise(config, flags, greet, stop)
-    if config.worker is not None:
-        _follow(loop, stop)
-    return await _serve(config, greet, leave, stop)
+        `announce` is called with the address once all workers serve.
+        """
+        self._config.check()
+        host, port = self._config.listen
+        with _reserved(host, port) as bound:
+            workers = self._workers(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
+            stopped = asyncio.create_task(stop.wait())
+            try:
+                # What keeps one from starting keeps them all: the first one says it, once.
+                for some in (workers[:1], workers[1:]):
+                    starting = asyncio.create_task(_all_start(some))
+                    await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                    if not starting.done():
+                        starting.cancel()
+                        return 0
+                    if not starting.result():
+                        return int(not stop.is_set())
+                announce(f"{host}:{bound}")
+                async with asyncio.TaskGroup() as group:
+                    keeping = [group.create_task(each.keep()) for each in workers]
+                    await stopped
+                    for each in keeping:
+                        each.cancel()
+            finally:
+                failed = await asyncio.gather(*(each.end(self._drain) for each in workers))
+        return int(any(failed))
 
-
-def _follow(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """Stop when the supervisor dies: it has the other end of our standard input."""
-
-    def closed() -> None:
-        loop.remove_reader(sys.stdin)
-        stop.set()
-
-    loop.add_reader(sys.stdin, closed)
-
-
-async def _serve(
-    config: settings.Settings,
-    greet: collections.abc.Callable[[str], None],
-    leave: collections.abc.Callable[[int], None],
-    stop: asyncio.Event,
-) -> int:
-    stopped = asyncio.create_task(stop.wait())
-    status = 0
-    # Each connection is a file, and the usual soft limit of 1,024 is within reach of one client.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    async with contextlib.AsyncExitStack() as stack:
-        context = app.running(config, leave=lambda: leave(status))
-        starting = asyncio.create_task(stack.enter_async_context(context))
-        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.wait({starting})
-            return 0
-        running = starting.result()
-        # What was imported and built lives as long as the process. Looked through by each full collection, it would
-        # stop the calls of that moment for 60 ms and more.
-        gc.collect()
-        gc.freeze()
-        typer.echo(f"{_LISTENING}{running.address}")
-        greet(running.address)
-        failed = asyncio.create_task(running.failed.wait())
-        await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
-        status = int(running.failed.is_set())
-        # Whatever hangs, the process ends in time.
-        limit = threading.Timer(config.drain.total_seconds(), end_process, (status,))
-        limit.daemon = True
-        limit.start()
-    return status
-
-
-async def _supervise(
-    config: settings.Settings,
-    flags: collections.abc.Mapping[str, str],
-    greet: collections.abc.Callable[[str], None],
-    stop: asyncio.Event,
-) -> int:
-    config.check()
-    host, port = config.listen
-    with _reserved(host, port) as bound:
-        address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
-        environment = {**flags, "AFTERHOURS_WORKERS": "1", "AFTERHOURS_LISTEN": address}
-        workers = [_Worker(number, settings.environment(environment)) for number in range(config.workers)]
-        stopped = asyncio.create_task(stop.wait())
-        try:
-            # What keeps one from starting keeps them all: the first one says it, once.
-            for some in (workers[:1], workers[1:]):
-                starting = asyncio.create_task(_all_start(some))
-                await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if not starting.done():
-                    starting.cancel()
-                    return 0
-                if not starting.result():
-                    return int(not stop.is_set())
-            typer.echo(f"{_LISTENING}{host}:{bound}")
-            greet(f"{host}:{bound}")
-            async with asyncio.TaskGroup() as group:
-                keeping = [group.create_task(each.keep()) for each in workers]
-                await stopped
-                for each in keeping:
-                    each.cancel()
-        finally:
-            failed = await asyncio.gather(*(each.end(config.drain.total_seconds()) for each in workers))
-    return int(any(failed))
+    def _workers(self, address: str) -> list["_Worker"]:
+        environment = {**self._flags, "AFTERHOURS_WORKERS": "1", "AFTERHOURS_LISTEN": address}
+        return [_Worker(number, settings.environment(environment)) for number in range(self._config.workers)]
 
 
 async def _all_start(workers: collections.abc.Sequence["_Worker"]) -> bool:
@@ -195,8 +121,11 @@ class _Worker:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             began = loop.time()
-            if await self.start():
-                log.info("worker_restarted", worker=self._number)
+            try:
+                if await self.start():
+                    log.info("worker_restarted", worker=self._number)
+            except OSError as error:  # no memory or no process is left: the next attempt may find some
+                log.error("worker_not_started", worker=self._number, **logs.described(error))
 
     async def end(self, seconds: float) -> bool:
         """Have it drain, and kill it if it has not ended in time; whether it failed at that."""

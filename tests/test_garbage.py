@@ -6,6 +6,7 @@ import contextlib
 import random
 import struct
 
+import frames
 import psutil
 import pytest
 import replicas
@@ -13,35 +14,9 @@ from afterhours.v1 import session_pb2
 
 pytestmark = pytest.mark.front_door
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_SETTINGS, _HEADERS, _DATA, _PING, _RST_STREAM = 4, 1, 0, 6, 3
-_END_HEADERS, _END_STREAM = 4, 1
-
-
-def _frame(kind: int, payload: bytes = b"", *, flags: int = 0, stream: int = 0) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def _literal(name: str, value: str) -> bytes:
-    """Encode a header without HPACK's tables."""
-    return bytes([0, len(name), *name.encode(), len(value), *value.encode()])
-
-
-def _headers(path: str) -> bytes:
-    fields = {
-        ":method": "POST",
-        ":scheme": "http",
-        ":path": path,
-        ":authority": "nobody",
-        "content-type": "application/grpc",
-        "te": "trailers",
-    }
-    return b"".join(_literal(*each) for each in fields.items())
-
-
 _GET = "/afterhours.v1.SessionService/GetSession"
-_OPENING = _PREFACE + _frame(_SETTINGS)
-_CALL = _frame(_HEADERS, _headers(_GET), flags=_END_HEADERS, stream=1)
+_OPENING = frames.PREFACE + frames.frame(frames.SETTINGS)
+_CALL = frames.frame(frames.HEADERS, frames.headers(_GET), flags=frames.END_HEADERS, stream=1)
 _CHANCE = random.Random(5)
 
 GARBAGE = {
@@ -49,22 +24,27 @@ GARBAGE = {
     "random bytes": _CHANCE.randbytes(100_000),
     "HTTP/1.1": b"GET / HTTP/1.1\r\nHost: nobody\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + _CHANCE.randbytes(507),
-    "half a preface": _PREFACE[:11],
+    "half a preface": frames.PREFACE[:11],
     "random bytes for frames": _OPENING + _CHANCE.randbytes(100_000),
     "a frame longer than allowed": _OPENING + b"\xff\xff\xff\x00\x00\x00\x00\x00\x01" + bytes(70_000),
-    "random HPACK": _OPENING + _frame(_HEADERS, _CHANCE.randbytes(1000), flags=_END_HEADERS, stream=1),
+    "random HPACK": _OPENING
+    + frames.frame(frames.HEADERS, _CHANCE.randbytes(1000), flags=frames.END_HEADERS, stream=1),
     "half a header": _OPENING + _CALL[:30],
-    "a message cut short": _OPENING + _CALL + _frame(_DATA, b"\x00\x00\x00\x01\x00half", flags=_END_STREAM, stream=1),
-    "a message said to be of 4 GiB": _OPENING + _CALL + _frame(_DATA, b"\x00\xff\xff\xff\xffmore", stream=1),
+    "a message cut short": _OPENING
+    + _CALL
+    + frames.frame(frames.DATA, b"\x00\x00\x00\x01\x00half", flags=frames.END_STREAM, stream=1),
+    "a message said to be of 4 GiB": _OPENING
+    + _CALL
+    + frames.frame(frames.DATA, b"\x00\xff\xff\xff\xffmore", stream=1),
     "a message said to be compressed": _OPENING
     + _CALL
-    + _frame(_DATA, b"\x01\x00\x00\x00\x04abcd", flags=_END_STREAM, stream=1),
-    "data of no stream": _OPENING + _frame(_DATA, b"data", stream=7),
-    "20,000 pings": _OPENING + 20_000 * _frame(_PING, bytes(8)),
+    + frames.frame(frames.DATA, b"\x01\x00\x00\x00\x04abcd", flags=frames.END_STREAM, stream=1),
+    "data of no stream": _OPENING + frames.frame(frames.DATA, b"data", stream=7),
+    "20,000 pings": _OPENING + 20_000 * frames.frame(frames.PING, bytes(8)),
     "500 streams opened and reset": _OPENING
     + b"".join(
-        _frame(_HEADERS, _headers(_GET), flags=_END_HEADERS, stream=number)
-        + _frame(_RST_STREAM, struct.pack(">I", 8), stream=number)
+        frames.frame(frames.HEADERS, frames.headers(_GET), flags=frames.END_HEADERS, stream=number)
+        + frames.frame(frames.RST_STREAM, struct.pack(">I", 8), stream=number)
         for number in range(1, 1001, 2)
     ),
 }
@@ -127,8 +107,8 @@ async def _idle(address: str, count: int, sent: bytes) -> collections.abc.AsyncI
 async def test_a_thousand_connections_that_never_read(engines: replicas.Engines) -> None:
     """1,000 connections that make 10 calls each and read no answer cost bounded memory, and others are served."""
     call = b"".join(
-        _frame(_HEADERS, _headers(_GET), flags=_END_HEADERS, stream=number)
-        + _frame(_DATA, b"\x00\x00\x00\x00\x05\x0a\x03ada", flags=_END_STREAM, stream=number)
+        frames.frame(frames.HEADERS, frames.headers(_GET), flags=frames.END_HEADERS, stream=number)
+        + frames.frame(frames.DATA, b"\x00\x00\x00\x00\x05\x0a\x03ada", flags=frames.END_STREAM, stream=number)
         for number in range(1, 21, 2)
     )
     async with replicas.process(engines) as (process, client):
@@ -152,7 +132,7 @@ async def test_pings_without_end(engines: replicas.Engines) -> None:
         received = b""
         with contextlib.suppress(OSError):
             for _ in range(10):
-                writer.write(_frame(_PING, bytes(8)))
+                writer.write(frames.frame(frames.PING, bytes(8)))
                 with contextlib.suppress(TimeoutError):
                     received += await asyncio.wait_for(reader.read(65536), 0.1)
         writer.close()

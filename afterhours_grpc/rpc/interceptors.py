@@ -52,7 +52,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._draining = True
 
     async def idle_for(self, pause: float) -> None:
-        """Wait for `pause` seconds, in which those who come late are told, and until no call is in flight."""
+        """Wait for `pause` seconds, in which late calls are refused, and until no unary call is in flight."""
         await asyncio.sleep(pause)
         await self._idle.wait()
 
@@ -92,7 +92,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _stream(self, method: str, behaviour: _Streaming, decode: _Decode) -> _Streaming:
         async def stream(raw: bytes, context: auth.Context) -> collections.abc.AsyncGenerator[bytes, None]:
-            async with _Call(self, method, context) as noted:
+            async with _Call(self, method, context, waited_for=False) as noted:
                 request = await self._admit(raw, decode, context, noted)
                 async with contextlib.aclosing(behaviour(request, context)) as messages:
                     async for message in messages:
@@ -111,33 +111,41 @@ class Boundary(grpc.aio.ServerInterceptor):
         return noted.request
 
     def enter(self) -> None:
-        """Count a call as in flight."""
+        """Count a call that a drain waits for."""
         self._in_flight += 1
         self._idle.clear()
 
-    def leave(self, note: journal.Note) -> None:
-        """Count it no longer, and note it for the log."""
+    def leave(self) -> None:
+        """Count it no longer."""
         self._in_flight -= 1
         if not self._in_flight:
             self._idle.set()
+
+    def note(self, note: journal.Note) -> None:
+        """Note a call for the log."""
         self._journal.take(note)
 
 
 class _Call:
-    """A call in flight: what it raises becomes a status, and what it was is noted, as far as it got."""
+    """A call in flight: what it raises becomes a status, and what it was is noted, as far as it got.
 
-    __slots__ = ("_began", "_boundary", "_context", "_method", "caller", "request")
+    A drain waits for it unless it is a stream, which a client that does not read keeps open.
+    """
 
-    def __init__(self, boundary: Boundary, method: str, context: auth.Context) -> None:
+    __slots__ = ("_began", "_boundary", "_context", "_method", "_waited_for", "caller", "request")
+
+    def __init__(self, boundary: Boundary, method: str, context: auth.Context, *, waited_for: bool = True) -> None:
         self._boundary = boundary
         self._method = method
         self._context = context
+        self._waited_for = waited_for
         self._began = time.perf_counter()
         self.caller: auth.Caller | None = None
         self.request: typing.Any = None
 
     async def __aenter__(self) -> typing.Self:
-        self._boundary.enter()
+        if self._waited_for:
+            self._boundary.enter()
         return self
 
     async def __aexit__(self, _: object, raised: BaseException | None, __: object) -> None:
@@ -153,7 +161,9 @@ class _Call:
         reason = status.reason(error) if error else ""
         caller, request_id = self.caller.id if self.caller else None, wire.request_id(self.request)
         seconds = time.perf_counter() - self._began
-        self._boundary.leave(journal.Note(self._method, code.name, reason, seconds, caller, request_id))
+        if self._waited_for:
+            self._boundary.leave()
+        self._boundary.note(journal.Note(self._method, code.name, reason, seconds, caller, request_id))
         if error:
             told = rpc_status.to_status(status.status(error))
             await self._context.abort(told.code, told.details, told.trailing_metadata)

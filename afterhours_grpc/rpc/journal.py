@@ -6,7 +6,7 @@ import typing
 
 import structlog
 
-from afterhours_grpc import logs, metrics
+from afterhours_grpc import metrics
 
 log = structlog.get_logger()
 
@@ -41,19 +41,18 @@ class Journal:
     def write(self) -> None:
         """Write what was noted."""
         notes, self._notes = self._notes, []
-        with logs.together():
-            for note in notes:
-                _count(note.method, note.code, note.reason).inc()
-                _measure(note.method).observe(note.seconds)
-                log.info(
-                    "call",
-                    method=note.method,
-                    code=note.code,
-                    reason=note.reason or None,
-                    duration_ms=round(note.seconds * 1000, 3),
-                    caller=note.caller,
-                    request_id=note.request_id,
-                )
+        for note in notes:
+            _count(note.method, note.code, note.reason).inc()
+            _measure(note.method).observe(note.seconds)
+            log.info(
+                "call",
+                method=note.method,
+                code=note.code,
+                reason=note.reason or None,
+                duration_ms=round(note.seconds * 1000, 3),
+                caller=note.caller,
+                request_id=note.request_id,
+            )
 
 
 # Not found anew for each call; there are as many as methods, codes and reasons.

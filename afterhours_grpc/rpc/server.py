@@ -9,11 +9,11 @@ from afterhours.v1 import (
     session_service_pb2,
     session_service_pb2_grpc,
 )
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from afterhours_grpc.events import feed
-from afterhours_grpc.rpc import auth, certificates, cursors, interceptors, servicers, wire
+from afterhours_grpc.rpc import auth, certificates, cursors, health, interceptors, servicers, wire
 from afterhours_grpc.sessions import listing, service
 
 NAMES = (
@@ -29,9 +29,11 @@ _OPTIONS = (
     ("grpc.absolute_max_metadata_size", 16 * _KIB),
     # Of one connection; a client that never reads fills no more than these.
     ("grpc.max_concurrent_streams", 1024),
-    # A client that vanished is noticed within 80 s.
+    # A client that vanished is noticed within 80 s. grpcio waits for the answer to a keepalive ping by the timeout of
+    # all pings, a minute by default, and native by the one of keepalive.
     ("grpc.keepalive_time_ms", 60 * _SECOND),
     ("grpc.keepalive_timeout_ms", 20 * _SECOND),
+    ("grpc.http2.ping_timeout_ms", 20 * _SECOND),
 )
 _OPTIONS_OF_GRPCIO = (
     # Of a burst beyond its first 1,000 calls the library would tell some CANCELLED, which nobody retries. What is too
@@ -63,7 +65,7 @@ def _transport(
 
 
 class Server:
-    """A grpc.aio server. Health `""` says that the process lives; the services' own names say whether they serve.
+    """A grpc.aio server.
 
     `transport` is what carries HTTP/2, in the clear unless there is `encryption`; `authenticate` gives each call's
     caller, and `shared` says that other processes listen on the same port.
@@ -92,13 +94,13 @@ class Server:
             servicers.SessionServicer(sessions, lists, feed, durations, pages), self._server
         )
         profile_service_pb2_grpc.add_ProfileServiceServicer_to_server(servicers.ProfileServicer(profiles), self._server)
-        self._health = health.aio.HealthServicer()
+        self._health = health.Health(NAMES)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if with_reflection:
             self._reflect()
 
     def _reflect(self) -> None:
-        names = (*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME, _REFLECTION_V1)
+        names = (*NAMES, health.NAME, reflection.SERVICE_NAME, _REFLECTION_V1)
         servicer = reflection.aio.ReflectionServicer(service_names=names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
             servicer, self._server
@@ -122,20 +124,19 @@ class Server:
                 bound = self._server.add_insecure_port(address)
         except RuntimeError:  # its text is a page of the library's own
             raise OSError(f"cannot listen on {address}") from None
-        await self.serving(False)
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
         return bound
 
-    async def serving(self, does: bool) -> None:
-        """Say whether our services serve."""
-        status = health_pb2.HealthCheckResponse
-        for name in NAMES:
-            await self._health.set(name, status.SERVING if does else status.NOT_SERVING)
+    def serving(self, does: bool) -> None:
+        """Set whether the services' health is SERVING."""
+        self._health.serving(does)
 
     async def drain(self, pause: float) -> None:
-        """Say NOT_SERVING, refuse calls and end watches; end after `pause` seconds and once no call is in flight."""
-        await self.serving(False)
+        """Say NOT_SERVING, refuse calls and end watches; return after `pause` seconds and once no call is in flight.
+
+        Streams are not waited for: a client that does not read delays nothing.
+        """
+        self._health.drain()
         self._boundary.drain()
         self._feed.drain()
         await self._boundary.idle_for(pause)

@@ -105,6 +105,8 @@ class Database:
         # Tests move the service's clock by this; see `transitions.NOW`.
         self.clock_offset = datetime.timedelta()
         self.checked_out = 0
+        # When a statement was last answered, by time.monotonic().
+        self.answered_at = 0.0
         self._url = url
         self._room = asyncio.Semaphore(connections)
         self._idle: list[_Connection] = []
@@ -122,7 +124,9 @@ class Database:
         their first one bounds `lock_timeout`.
         """
         async with self._connection() as connection:
-            return await connection.run(statement, {**parameters, "clock_offset": self.clock_offset})
+            rows = await connection.run(statement, {**parameters, "clock_offset": self.clock_offset})
+            self.answered_at = time.monotonic()
+            return rows
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> collections.abc.AsyncIterator[Run]:

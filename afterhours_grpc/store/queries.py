@@ -79,6 +79,9 @@ DELETE FROM after_hours_profiles WHERE user_id = :user_id RETURNING user_id
 
 CLOCK = database.Statement(f"SELECT {fragments.NOW} AS at")
 
+# Fails with SQLSTATE 25006 on a standby and on a read-only database, and reads and locks no row.
+WRITABLE = database.Statement("SELECT FROM after_hours_sessions WHERE false FOR UPDATE")
+
 # Keyset slices of what should have a timer, soonest first.
 ACTIVE_AFTER = database.Statement(f"""
 SELECT id, expires_at FROM after_hours_sessions

@@ -169,6 +169,10 @@ class Store:
         at: datetime.datetime = found[0]["at"]
         return at
 
+    async def check_writable(self) -> None:
+        """Raise `errors.StoreUnavailable` unless the database accepts writes, or `database.Retry`."""
+        await self._database.fetch(queries.WRITABLE)
+
     async def active_after(
         self, expires_at: datetime.datetime, id: session.SessionId, most: int
     ) -> list[tuple[session.SessionId, datetime.datetime]]:

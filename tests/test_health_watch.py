@@ -1,0 +1,103 @@
+"""Watches of health, and how streams fare when a server goes away: a client that never reads delays nobody."""
+
+import asyncio
+import collections.abc
+import contextlib
+import signal
+import time
+import typing
+
+import frames
+import pytest
+import replicas
+from afterhours.v1 import session_service_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+pytestmark = pytest.mark.front_door
+
+SESSIONS = "afterhours.v1.SessionService"
+_WATCH = "/grpc.health.v1.Health/Watch"
+_WATCH_SESSIONS = "/afterhours.v1.SessionService/WatchSessions"
+_Status = health_pb2.HealthCheckResponse
+
+
+@contextlib.asynccontextmanager
+async def stuck(address: str) -> collections.abc.AsyncIterator[None]:
+    """Hold a connection on which the server may send no message, with a watch of health and one of sessions."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        request = health_pb2.HealthCheckRequest(service=SESSIONS).SerializeToString()
+        writer.write(frames.opening(window=0))
+        writer.write(frames.call(_WATCH, request, stream=1) + frames.call(_WATCH_SESSIONS, b"", stream=3))
+        received = b""
+        # Both have begun: headers are sent with the first message, of which the window holds back the rest.
+        async with asyncio.timeout(10):
+            while frames.kinds(received).count(frames.HEADERS) < 2:
+                received += await reader.readexactly(1)
+        yield
+    finally:
+        writer.transport.abort()
+
+
+def _watch(client: replicas.Client, service: str = SESSIONS) -> typing.Any:
+    stub: typing.Any = health_pb2_grpc.HealthStub(client.channel)
+    return stub.Watch(health_pb2.HealthCheckRequest(service=service), timeout=30)
+
+
+async def test_a_client_that_never_reads_delays_no_end(engines: replicas.Engines) -> None:
+    """With watches that never read, SIGTERM is seen by others at once, a call in flight is answered, and it exits."""
+    async with replicas.process(engines) as (process, client), stuck(client.address):
+        await client.put_profile("ada")
+        await client.start("ada")
+        watching = _watch(client)
+        assert (await watching.read()).status == _Status.SERVING
+        async with replicas.locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
+            ending = asyncio.create_task(client.end("ada"))
+            await replicas.eventually(engines.in_flight, within=10)
+            process.signal(signal.SIGTERM)
+            signalled = time.monotonic()
+            assert (await asyncio.wait_for(watching.read(), 2)).status == _Status.NOT_SERVING
+            assert (await replicas.refused(client.get("ada"))).reason == "SHUTTING_DOWN"
+            assert not ending.done()
+            answered = max(time.monotonic(), signalled + 0.5)
+        assert (await ending).user_id == "ada"
+        assert await process.wait() == 0
+        assert time.monotonic() - answered < 1.5
+
+
+async def test_a_watch_of_sessions_ends_with_its_server(engines: replicas.Engines) -> None:
+    """From SIGTERM on a watch that reads is told SHUTTING_DOWN, although another one does not read."""
+    async with replicas.process(engines) as (process, client), stuck(client.address):
+        watching = client.sessions.WatchSessions(session_service_pb2.WatchSessionsRequest())
+        await watching.read()
+        process.signal(signal.SIGTERM)
+        assert (await replicas.refused(watching.read())).reason == "SHUTTING_DOWN"
+        assert await process.wait() == 0
+
+
+async def test_a_service_that_there_is_not(engines: replicas.Engines) -> None:
+    """A service that there is not is NOT_FOUND to a check, SERVICE_UNKNOWN to a watch, and not in the list."""
+    async with replicas.replica(engines) as (_, client):
+        assert (await replicas.refused(client.health("nonsense"))).code == "NOT_FOUND"
+        assert (await _watch(client, "nonsense").read()).status == _Status.SERVICE_UNKNOWN
+        stub: typing.Any = health_pb2_grpc.HealthStub(client.channel)
+        listed = await stub.List(health_pb2.HealthListRequest(), timeout=10)  # type: ignore[attr-defined]
+        assert {name: each.status for name, each in listed.statuses.items()} == dict.fromkeys(
+            ("", SESSIONS, "afterhours.v1.ProfileService"), _Status.SERVING
+        )
+
+
+async def test_the_watches_of_a_connection_are_bounded(engines: replicas.Engines) -> None:
+    """The 101st watch of a connection is RESOURCE_EXHAUSTED, until one ends, and another connection's is not."""
+    async with replicas.replica(engines) as (service, client), replicas.Client(service.address) as other:
+        watches = [_watch(client) for _ in range(100)]
+        assert {(await each.read()).status for each in watches} == {_Status.SERVING}
+        assert (await replicas.refused(_watch(client).read())).code == "RESOURCE_EXHAUSTED"
+        assert (await _watch(other).read()).status == _Status.SERVING
+        watches.pop().cancel()
+
+        async def has_room() -> bool:
+            return not isinstance(await replicas.outcome(_watch(client).read()), replicas.Refusal)
+
+        await replicas.eventually(has_room, within=5)
