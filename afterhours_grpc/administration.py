@@ -125,7 +125,7 @@ def _run(flags: dict[str, str], do: collections.abc.Callable[[_Opened], collecti
         refuse(error)
     except (
         *(errors.StoreUnavailable, OSError, TimeoutError, ValueError),
-        *(asyncpg.PostgresError, asyncpg.InterfaceError),
+        *(database.StatementFailed, asyncpg.PostgresError, asyncpg.InterfaceError),
     ) as error:
         refuse(f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs")
     except database.Retry:

@@ -172,7 +172,7 @@ async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
                 await sweeper.close_overdue()
     except schema.SchemaError as error:
         raise StartError(str(error)) from error
-    except (*away, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+    except (*away, database.StatementFailed, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
         raise StartError(
             f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs"
         ) from error

@@ -1,13 +1,13 @@
 """How often a user may start and extend, over all replicas: counted in Redis, and without Redis not at all."""
 
 import asyncio
+import collections.abc
 import datetime
 import hashlib
 import time
 import typing
 
 import limits.aio
-import limits.errors
 import structlog
 
 from afterhours_grpc import metrics
@@ -15,46 +15,88 @@ from afterhours_grpc.sessions import errors, session
 
 log = structlog.get_logger()
 
-# Seconds that a call waits for Redis, and for which calls pass uncounted once it did not answer.
+# Seconds that calls wait for Redis, and for which calls pass uncounted once it did not answer.
 _PATIENCE = 0.25
 _PAUSE = 1.0
-# Calls that ask Redis at once, on as many connections.
-_AT_ONCE = 16
+# Seconds within which calls are counted.
+_WINDOW = 60
+
+# Counts a call unless ARGV[1] calls were counted within the last ARGV[2] seconds, by Redis' clock, so that those of the
+# replicas need not agree. The reply is nil, or the seconds until the oldest of those calls no longer counts.
+_COUNT = """
+local limit, seconds = tonumber(ARGV[1]), tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local oldest = redis.call('LINDEX', KEYS[1], limit - 1)
+if oldest and tonumber(oldest) + seconds > now then
+    return tostring(tonumber(oldest) + seconds - now)
+end
+redis.call('LPUSH', KEYS[1], now)
+redis.call('LTRIM', KEYS[1], 0, limit - 1)
+redis.call('EXPIRE', KEYS[1], seconds)
+"""
+_COUNT_SHA = hashlib.sha1(_COUNT.encode(), usedforsecurity=False).hexdigest()
 
 
 class Throttle:
-    """At most `rate` calls of a user in any minute. Without an answer of Redis calls pass, and a metric says so."""
+    """At most `rate` calls of a user in any minute. Without an answer of Redis calls pass, and a metric counts them.
+
+    All users that are asked about at once share one round trip, so that nobody waits for the turn of another one, and
+    nobody longer than 0.25 s.
+    """
 
     def __init__(self, redis_url: str, rate: int) -> None:
-        # Users are counted by a digest, so that Redis does not hold who they are.
-        self._storage = limits.aio.storage.RedisStorage(
-            redis_url, wrap_exceptions=True, implementation="redispy", key_prefix="afterhours:rate"
+        self._storage = limits.aio.storage.RedisStorage(redis_url, implementation="redispy")
+        of_client = self._storage.base_exceptions
+        self._failures: tuple[type[BaseException], ...] = (
+            *(of_client if isinstance(of_client, tuple) else (of_client,)),
+            OSError,
+            TimeoutError,
         )
-        self._limiter = limits.aio.strategies.MovingWindowRateLimiter(self._storage)
-        self._rate = limits.RateLimitItemPerMinute(rate)
-        self._room = asyncio.Semaphore(_AT_ONCE)
+        self._rate = rate
         self._away_until = 0.0
 
     async def close(self) -> None:
         """Close the connections; idempotent."""
-        bridge: typing.Any = self._storage.bridge
-        await bridge.get_connection().aclose()
+        await self._client.aclose()
 
-    async def admit(self, user_id: session.UserId) -> None:
-        """Count a call of a user, or raise RateLimited."""
-        user = hashlib.blake2b(user_id.encode(), digest_size=16).hexdigest()
-        # In a burst calls wait here for each other, and not for Redis.
-        async with self._room:
-            if time.monotonic() >= self._away_until:
-                try:
-                    async with asyncio.timeout(_PATIENCE):
-                        if await self._limiter.hit(self._rate, user):
-                            return
-                        window = await self._limiter.get_window_stats(self._rate, user)
-                except (limits.errors.StorageError, TimeoutError) as error:
-                    self._away_until = time.monotonic() + _PAUSE
-                    log.warning("rate_limit_skipped", error=type(error).__name__, for_seconds=_PAUSE)
-                else:
-                    wait = min(max(window.reset_time - time.time(), 0.0), float(self._rate.get_expiry()))
-                    raise errors.RateLimited(datetime.timedelta(seconds=wait))
-        metrics.RATE_LIMIT_SKIPPED.inc()
+    @property
+    def _client(self) -> typing.Any:
+        bridge: typing.Any = self._storage.bridge
+        return bridge.get_connection()
+
+    async def admit(self, user_ids: collections.abc.Sequence[session.UserId]) -> list[errors.RateLimited | None]:
+        """Count a call of each of these users, which are distinct, or return what it is refused with."""
+        replies: list[typing.Any] = [None] * len(user_ids)
+        skipped = len(user_ids)
+        if time.monotonic() >= self._away_until:
+            try:
+                async with asyncio.timeout(_PATIENCE):
+                    replies = await self._counted(user_ids)
+                skipped = sum(isinstance(reply, Exception) for reply in replies)
+            except self._failures as error:
+                self._away_until = time.monotonic() + _PAUSE
+                log.warning("rate_limit_skipped", error=type(error).__name__, for_seconds=_PAUSE)
+        metrics.RATE_LIMIT_SKIPPED.inc(skipped)
+        return [_refusal(reply) for reply in replies]
+
+    async def _counted(self, user_ids: collections.abc.Sequence[session.UserId]) -> list[typing.Any]:
+        """Return the reply for each user; an exception if its key holds something else, and raise it if all do."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for number, user_id in enumerate(user_ids):
+                # A digest, so that Redis does not hold who the users are.
+                user = hashlib.blake2b(user_id.encode(), digest_size=16).hexdigest()
+                # The first one leaves the script with Redis, which may have restarted, for the others.
+                run = pipeline.evalsha if number else pipeline.eval
+                await run(_COUNT_SHA if number else _COUNT, 1, f"afterhours:rate:{user}", self._rate, _WINDOW)
+            replies: list[typing.Any] = await pipeline.execute(raise_on_error=False)
+        failed = [reply for reply in replies if isinstance(reply, Exception)]
+        if len(failed) == len(replies):
+            raise failed[0]
+        return replies
+
+
+def _refusal(reply: object) -> errors.RateLimited | None:
+    if reply is None or isinstance(reply, Exception):
+        return None
+    return errors.RateLimited(datetime.timedelta(seconds=min(float(typing.cast("str", reply)), _WINDOW)))

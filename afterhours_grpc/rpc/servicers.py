@@ -77,8 +77,9 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         self, request: session_service_pb2.BatchGetSessionsRequest, _: auth.Context
     ) -> session_service_pb2.BatchGetSessionsResponse:
         user_ids, min_remaining = listing.of_users(request)
-        auth.caller.get().check(auth.Scope.ANY)
-        found = await self._lists.of_users(user_ids, min_remaining, auth.deadline.get())
+        caller = auth.caller.get()
+        caller.check(auth.Scope.ANY)
+        found = await self._lists.of_users(caller.id, user_ids, min_remaining, auth.deadline.get())
         return session_service_pb2.BatchGetSessionsResponse(sessions=map(rendering.session_message, found))
 
     async def ListSessions(  # noqa: N802
@@ -99,10 +100,12 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         min_remaining, page, near = listing.active(request, self._pages, caller)
         caller.check(auth.Scope.ANY)
         if near:
-            measured = await self._lists.near(near, min_remaining, page.size + 1, deadline)
+            measured = await self._lists.near(caller.id, near, min_remaining, page.size + 1, deadline)
             keyed = [(each, listing.distance_key(each, meters)) for each, meters in measured]
         else:
-            found = await self._lists.active(min_remaining, page.started(listed.FIRST), page.size + 1, deadline)
+            found = await self._lists.active(
+                caller.id, min_remaining, page.started(listed.FIRST), page.size + 1, deadline
+            )
             keyed = [(each, listing.started_key(each)) for each in found]
         sessions, token = self._paged(request, keyed, page)
         return session_service_pb2.ListActiveSessionsResponse(sessions=sessions, next_page_token=token)

@@ -1,16 +1,20 @@
 """The use cases. Each transition is tried, and only what came back without an answer is explained, by one read."""
 
-import asyncio
 import collections.abc
+import dataclasses
+import functools
 import typing
 
-from afterhours_grpc import failpoints
+import structlog
+
+from afterhours_grpc import failpoints, logs
 from afterhours_grpc.sessions import errors, location, session
 from afterhours_grpc.store import batching, database, privacy, rows, store
 
+log = structlog.get_logger()
+
 Answers = list[session.Session | Exception]
-_Identity = tuple[session.Method, session.Request]
-_Limited = typing.TypeVar("_Limited", session.Start, session.Extend)
+_Timed = typing.TypeVar("_Timed")
 
 _CLOSED: dict[session.Gate, type[errors.SessionError]] = {
     session.Gate.PREMIUM: errors.PremiumRequired,
@@ -30,10 +34,18 @@ class Timers(typing.Protocol):
 
 
 class Limiter(typing.Protocol):
-    """How often a user may start and extend. It never waits long, and never fails but by its one refusal."""
+    """How often a user may start and extend. It never waits long, and never raises."""
 
-    async def admit(self, user_id: session.UserId) -> None:
-        """Count a call of a user, or raise RateLimited."""
+    async def admit(self, user_ids: collections.abc.Sequence[session.UserId]) -> list[errors.RateLimited | None]:
+        """Count a call of each of these users, which are distinct, or return what it is refused with."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Placed:
+    """A start, and the places at which it may be shown."""
+
+    call: session.Start
+    candidates: tuple[location.Candidate, ...]
 
 
 class Sessions:
@@ -50,23 +62,26 @@ class Sessions:
         self._store = store
         self._privacy = privacy
         self._limiter = limiter
-        # Of the calls with a request_id that are in flight: a duplicate is counted once.
-        self._admissions: dict[_Identity, asyncio.Task[None]] = {}
         self._timers = timers
         self._fuzzer = fuzzer
-        self._starts = batching.Batcher(self._start, _keys)
+        self._starts = batching.Batcher(
+            self._start, lambda placed: _keys(placed.call), admit=self._admit_starts if limiter else None
+        )
         self._ends = batching.Batcher(self._end, _keys)
-        self._extends = batching.Batcher(self._extend, _keys)
-        self._gets = batching.Batcher(self._get, lambda user_id: (user_id,))
-        self._exact = batching.Batcher(self._read_exact, lambda call: (str(call.id),), most=1)
-        self._kept = batching.Batcher(store.kept, lambda asked: (asked[1].caller, asked))
+        self._extends = batching.Batcher(
+            self._extend, _keys, admit=functools.partial(self._admit, session.Method.EXTEND) if limiter else None
+        )
+        self._gets = batching.Batcher(self._get, lambda user_id: (user_id,), reads=True)
+        self._exact = batching.Batcher(self._read_exact, lambda call: (str(call.id),), max_batch=1)
 
     async def start(self, call: session.Start) -> session.Session:
         """Open a session.
 
         Raise RequestIdReused, RateLimited, ProfileRequired, one of the gates' refusals, or SessionAlreadyActive.
         """
-        return await self._limited(session.Method.START, call, self._starts)
+        # Here, and not in the batch, where an error would be that of all its calls.
+        placed = _Placed(call, self._fuzzer.candidates(call.user_id, call.exact))
+        return await self._starts.submit(placed, call.deadline)
 
     async def end(self, call: session.End) -> session.Session:
         """End the active session, or raise RequestIdReused or NoActiveSession."""
@@ -77,7 +92,7 @@ class Sessions:
 
         Raise RequestIdReused, RateLimited, one of the gates' refusals, or NoActiveSession.
         """
-        return await self._limited(session.Method.EXTEND, call, self._extends)
+        return await self._extends.submit(call, call.deadline)
 
     async def get(self, user_id: session.UserId, deadline: session.Deadline) -> session.Session | None:
         """Read the active session."""
@@ -89,57 +104,40 @@ class Sessions:
 
     async def close(self) -> None:
         """Wait until what was taken has been answered."""
-        closing = (
-            each.close() for each in (self._starts, self._ends, self._extends, self._gets, self._exact, self._kept)
-        )
-        for each in closing:
-            await each
+        for batcher in (self._starts, self._ends, self._extends, self._gets, self._exact):
+            await batcher.close()
 
-    async def _limited(
-        self,
-        method: session.Method,
-        call: _Limited,
-        batcher: batching.Batcher[_Limited, session.Session],
-    ) -> session.Session:
-        if not self._limiter:
-            return await batcher.submit(call, call.deadline)
-        if not call.request:
-            await self._limiter.admit(call.user_id)
-            return await batcher.submit(call, call.deadline)
-        identity = (method, call.request)
-        admission = self._admissions.get(identity)
-        if admission:
-            await asyncio.shield(admission)
-            return await batcher.submit(call, call.deadline)
-        admission = self._admissions[identity] = asyncio.create_task(self._admit(identity, call))
-        try:
-            await asyncio.shield(admission)
-            return await batcher.submit(call, call.deadline)
-        finally:
-            del self._admissions[identity]
+    async def _admit_starts(self, placed: list[_Placed]) -> list[Exception | None]:
+        return await self._admit(session.Method.START, [each.call for each in placed])
 
-    async def _admit(self, identity: _Identity, call: _Limited) -> None:
-        """Count a call, unless it was applied before: a replay is answered whatever the limit."""
-        assert self._limiter  # noqa: S101 - asked before
-        if not await self._kept.submit(identity, call.deadline):
-            await self._limiter.admit(call.user_id)
+    async def _admit(
+        self, method: session.Method, calls: collections.abc.Sequence[session.Start | session.Extend]
+    ) -> list[Exception | None]:
+        """Count calls, but for those that were applied before: a replay is answered whatever the limit."""
+        assert self._limiter  # noqa: S101 - asked only where there is one
+        requests = [(method, call.request) for call in calls if call.request]
+        applied = iter(await self._store.kept(requests) if requests else ())
+        replays = [call.request is not None and next(applied) for call in calls]
+        new = [call.user_id for call, is_replay in zip(calls, replays, strict=True) if not is_replay]
+        refusals = iter(await self._limiter.admit(new) if new else ())
+        return [None if is_replay else next(refusals) for is_replay in replays]
 
-    async def _start(self, calls: list[session.Start]) -> Answers:
-        candidates = [self._fuzzer.candidates(call.user_id, call.exact) for call in calls]
-        opened = await self._store.start(calls, candidates)
+    async def _start(self, placed: list[_Placed]) -> Answers:
+        calls = [each.call for each in placed]
+        opened = await self._store.start(calls, [each.candidates for each in placed])
         failpoints.reach(failpoints.Point.STARTED)
-        await self._timers.set([each for each in opened if each])
+        await _after_commit(self._timers.set, [each for each in opened if each])
         failpoints.reach(failpoints.Point.TIMED)
         return await self._explained(session.Method.START, calls, opened)
 
     async def _end(self, calls: list[session.End]) -> Answers:
         ended = await self._store.end(calls, session.EndReason.USER)
-        await self._timers.cancel([each.id for each in ended if each])
+        await _after_commit(self._timers.cancel, [each.id for each in ended if each])
         return await self._explained(session.Method.END, calls, ended)
 
     async def _extend(self, calls: list[session.Extend]) -> Answers:
         extended = await self._store.extend(calls)
-        await self._timers.set([each for each in extended if each])
+        await _after_commit(self._timers.set, [each for each in extended if each])
         return await self._explained(session.Method.EXTEND, calls, extended)
 
     async def _get(self, user_ids: list[session.UserId]) -> list[session.Session | None]:
@@ -160,9 +158,10 @@ class Sessions:
             try:
                 explanations = await self._store.explain(method, refused)
                 reasons = [_why(method, *each) for each in zip(refused, explanations, strict=True)]
-            except (errors.StoreUnavailable, database.Retry) as error:
-                # The others were applied, and are told so.
-                reasons = [error] * len(refused)
+            except Exception as error:  # noqa: BLE001 - the other calls were applied, and are answered as such
+                # These were not, so that each may be tried by itself: the error is of one of them, and no other.
+                alone = len(refused) == 1 or isinstance(error, errors.SessionError)
+                reasons = [error if alone else database.Retry()] * len(refused)
         reason = iter(reasons)
         return [each or next(reason) for each in found]
 
@@ -174,9 +173,9 @@ class Profiles:
         self._store = store
         self._timers = timers
         # One statement a call, in a task that a cancelled caller leaves behind to finish.
-        self._puts = batching.Batcher(self._put, lambda profile: (profile.user_id,), most=1)
-        self._gets = batching.Batcher(self._get, lambda user_id: (user_id,))
-        self._deletes = batching.Batcher(self._delete, lambda user_id: (user_id,), most=1)
+        self._puts = batching.Batcher(self._put, lambda profile: (profile.user_id,), max_batch=1)
+        self._gets = batching.Batcher(self._get, lambda user_id: (user_id,), reads=True)
+        self._deletes = batching.Batcher(self._delete, lambda user_id: (user_id,), max_batch=1)
 
     async def put(self, profile: session.Profile, deadline: session.Deadline) -> session.Profile:
         """Create or replace a profile."""
@@ -197,7 +196,7 @@ class Profiles:
 
     async def _put(self, profiles: list[session.Profile]) -> list[session.Profile]:
         for profile in profiles:
-            await self._timers.cancel(await self._store.put_profile(profile))
+            await _after_commit(self._timers.cancel, await self._store.put_profile(profile))
         return profiles
 
     async def _get(self, user_ids: list[session.UserId]) -> list[session.Profile | Exception]:
@@ -208,13 +207,24 @@ class Profiles:
         answers: list[Exception | None] = []
         for user_id in user_ids:
             found, ended = await self._store.delete_profile(user_id)
-            await self._timers.cancel(ended)
+            await _after_commit(self._timers.cancel, ended)
             answers.append(None if found else errors.ProfileNotFound())
         return answers
 
 
+async def _after_commit(
+    change: collections.abc.Callable[[collections.abc.Sequence[_Timed]], collections.abc.Awaitable[None]],
+    what: collections.abc.Sequence[_Timed],
+) -> None:
+    """Change timers. No error of it reaches a caller whose call was applied: the next sweep mends the timers."""
+    try:
+        await change(what)
+    except Exception as error:  # noqa: BLE001 - see above
+        log.error("timers_not_changed", **logs.described(error))
+
+
 def _keys(call: rows.Call) -> tuple[collections.abc.Hashable, ...]:
-    """Give what two calls of one statement must not share."""
+    """Return what two calls of one statement must not share."""
     if call.request is None:
         return (call.user_id,)
     return (call.user_id, (call.request.caller, call.request.id))

@@ -33,6 +33,18 @@ class Retry(Exception):
     """The statement was taken back because it met another one; run it again."""
 
 
+class StatementFailed(Exception):
+    """The statement failed for what it is or carries, and was not applied: the server rolled it back, or never got it.
+
+    `sqlstate` and `constraint_name` are Postgres' own, for the log.
+    """
+
+    def __init__(self, sqlstate: str | None = None, constraint_name: str | None = None) -> None:
+        super().__init__()
+        self.sqlstate = sqlstate
+        self.constraint_name = constraint_name
+
+
 class Statement:
     """SQL with named parameters, compiled once to the driver's `$1`, `$2` and so on."""
 
@@ -118,7 +130,7 @@ class Database:
                 await self._idle.pop().driver.close(timeout=ANSWER_TIMEOUT)
 
     async def fetch(self, statement: Statement, **parameters: object) -> list[Row]:
-        """Run one statement in its own transaction. Raise `StoreUnavailable` or `Retry`.
+        """Run one statement in its own transaction. Raise `StoreUnavailable`, `Retry` or `StatementFailed`.
 
         `deadlines`, in seconds of time.monotonic(), become `times_left` as the statement is sent, not before, and
         their first one bounds `lock_timeout`.
@@ -140,10 +152,14 @@ class Database:
             await connection.driver.execute("BEGIN")
             try:
                 yield run
-                await connection.driver.execute("COMMIT")
             except asyncpg.PostgresError:
                 await connection.driver.execute("ROLLBACK")
                 raise
+            try:
+                await connection.driver.execute("COMMIT")
+            except asyncpg.PostgresError as error:
+                # Whether it was applied is not known, so that nothing may try it again by itself.
+                raise errors.StoreUnavailable from error
 
     async def listen(self, channel: str, heard: collections.abc.Callable[[], None]) -> None:
         """Call `heard` at each notification, on a connection of its own, until it is lost. Raise as `connect` does."""
@@ -196,11 +212,23 @@ def _away_is_unavailable() -> collections.abc.Iterator[None]:
             raise errors.StoreUnavailable from error
         if state in _MET_ANOTHER or error.as_dict().get("constraint_name") == "after_hours_requests_pkey":
             raise Retry from error
-        raise
+        raise StatementFailed(state, error.as_dict().get("constraint_name")) from error
     except (
         OSError,
         TimeoutError,
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,  # the server spoke out of turn, as it does when it ends a connection
     ) as error:
+        if _is_bad_argument(error):
+            raise StatementFailed from error
         raise errors.StoreUnavailable from error
+
+
+def _is_bad_argument(error: Exception) -> bool:
+    """Return whether the driver could not encode an argument, and so sent nothing."""
+    # The driver hides its class for it behind another one of the same name; what else has both bases is of connecting.
+    return (
+        isinstance(error, asyncpg.InterfaceError)
+        and isinstance(error, ValueError)
+        and not isinstance(error, asyncpg.ClientConfigurationError)
+    )
