@@ -99,7 +99,7 @@ async def test_withdrawing_ends_the_session(engines: replicas.Engines, name: str
 
 
 async def test_a_premium_time_that_passes_ends_nothing(engines: replicas.Engines) -> None:
-    """Passing refuses the next extension and start, and ends nothing, nor does a put that leaves it or takes it away."""
+    """Passing refuses the next extension and start, and ends nothing, nor does a put that keeps it or takes it away."""
     async with replicas.replica(engines, **ALL) as (service, client):
         premium = after(minutes=5)
         await client.put_profile("ada", **open_profile(premium_expire_time=premium))
