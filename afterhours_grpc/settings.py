@@ -7,7 +7,6 @@ import ipaddress
 import os
 import pathlib
 import re
-import sys
 import typing
 
 import pydantic
@@ -169,7 +168,7 @@ class Settings(pydantic_settings.BaseSettings):
     reflection: bool = _variable("AFTERHOURS_REFLECTION", True, "Serve reflection: on or off.")
     drain: Positive = _variable("AFTERHOURS_DRAIN", "10s", "Longest time from SIGTERM to exit.")
     log_format: typing.Literal["console", "json"] = _variable(
-        "AFTERHOURS_LOG_FORMAT", "console" if sys.stderr.isatty() else "json", "console or json."
+        "AFTERHOURS_LOG_FORMAT", "console" if os.isatty(2) else "json", "console or json."
     )
     postgres_bin: pathlib.Path | None = _variable(
         "AFTERHOURS_POSTGRES_BIN", None, "Folder of the Postgres programs that dev starts."

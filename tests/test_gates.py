@@ -99,15 +99,16 @@ async def test_withdrawing_ends_the_session(engines: replicas.Engines, name: str
 
 
 async def test_a_premium_time_that_passes_ends_nothing(engines: replicas.Engines) -> None:
-    """Passing refuses the next extension and start, and ends nothing, nor does a put that leaves it as it is."""
+    """Passing refuses the next extension and start, and ends nothing, nor does a put that keeps it or takes it away."""
     async with replicas.replica(engines, **ALL) as (service, client):
         premium = after(minutes=5)
         await client.put_profile("ada", **open_profile(premium_expire_time=premium))
         started = await client.start("ada")
         service.database.clock_offset = datetime.timedelta(minutes=6)
         assert (await replicas.refused(client.extend("ada"))).reason == "PREMIUM_REQUIRED"
-        await client.put_profile("ada", **open_profile(premium_expire_time=premium))
-        assert (await client.get("ada")).session.id == started.id
+        for over in (premium, None, after(days=-1), None):
+            await client.put_profile("ada", **open_profile(premium_expire_time=over))
+            assert (await client.get("ada")).session.id == started.id
         assert (await client.end("ada")).end_reason == session_pb2.END_REASON_USER
         assert (await replicas.refused(client.start("ada"))).reason == "PREMIUM_REQUIRED"
 

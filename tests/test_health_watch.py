@@ -40,7 +40,8 @@ async def stuck(address: str) -> collections.abc.AsyncIterator[None]:
         writer.transport.abort()
 
 
-def _watch(client: replicas.Client, service: str = SESSIONS) -> typing.Any:
+def watch(client: replicas.Client, service: str = SESSIONS) -> typing.Any:
+    """Watch the health of a service."""
     stub: typing.Any = health_pb2_grpc.HealthStub(client.channel)
     return stub.Watch(health_pb2.HealthCheckRequest(service=service), timeout=30)
 
@@ -50,7 +51,7 @@ async def test_a_client_that_never_reads_delays_no_end(engines: replicas.Engines
     async with replicas.process(engines) as (process, client), stuck(client.address):
         await client.put_profile("ada")
         await client.start("ada")
-        watching = _watch(client)
+        watching = watch(client)
         assert (await watching.read()).status == _Status.SERVING
         async with replicas.locked(engines, "SELECT FROM after_hours_sessions FOR UPDATE"):
             ending = asyncio.create_task(client.end("ada"))
@@ -80,7 +81,7 @@ async def test_a_service_that_there_is_not(engines: replicas.Engines) -> None:
     """A service that there is not is NOT_FOUND to a check, SERVICE_UNKNOWN to a watch, and not in the list."""
     async with replicas.replica(engines) as (_, client):
         assert (await replicas.refused(client.health("nonsense"))).code == "NOT_FOUND"
-        assert (await _watch(client, "nonsense").read()).status == _Status.SERVICE_UNKNOWN
+        assert (await watch(client, "nonsense").read()).status == _Status.SERVICE_UNKNOWN
         stub: typing.Any = health_pb2_grpc.HealthStub(client.channel)
         listed = await stub.List(health_pb2.HealthListRequest(), timeout=10)  # type: ignore[attr-defined]
         assert {name: each.status for name, each in listed.statuses.items()} == dict.fromkeys(
@@ -91,13 +92,13 @@ async def test_a_service_that_there_is_not(engines: replicas.Engines) -> None:
 async def test_the_watches_of_a_connection_are_bounded(engines: replicas.Engines) -> None:
     """The 101st watch of a connection is RESOURCE_EXHAUSTED, until one ends, and another connection's is not."""
     async with replicas.replica(engines) as (service, client), replicas.Client(service.address) as other:
-        watches = [_watch(client) for _ in range(100)]
+        watches = [watch(client) for _ in range(100)]
         assert {(await each.read()).status for each in watches} == {_Status.SERVING}
-        assert (await replicas.refused(_watch(client).read())).code == "RESOURCE_EXHAUSTED"
-        assert (await _watch(other).read()).status == _Status.SERVING
+        assert (await replicas.refused(watch(client).read())).code == "RESOURCE_EXHAUSTED"
+        assert (await watch(other).read()).status == _Status.SERVING
         watches.pop().cancel()
 
         async def has_room() -> bool:
-            return not isinstance(await replicas.outcome(_watch(client).read()), replicas.Refusal)
+            return not isinstance(await replicas.outcome(watch(client).read()), replicas.Refusal)
 
         await replicas.eventually(has_room, within=5)

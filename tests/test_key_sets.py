@@ -258,7 +258,7 @@ async def test_no_key_set_is_too_odd(tmp_path: pathlib.Path) -> None:
             with contextlib.suppress(errors.Unauthenticated):
                 assert (await key_set.find(id)).algorithm_name in tokens.ASYMMETRIC
 
-    @hypothesis.settings(max_examples=500, deadline=None, database=None)
+    @hypothesis.settings(max_examples=300, deadline=None, database=None)
     @hypothesis.given(_sets)
     def probe(drawn: typing.Any) -> None:
         asyncio.run_coroutine_threadsafe(read(json.dumps(drawn)), loop).result(20)
@@ -272,7 +272,7 @@ async def test_no_key_set_is_too_odd(tmp_path: pathlib.Path) -> None:
             await tokens.KeySet(file.as_uri()).refresh()
 
 
-@pytest.mark.parametrize("member", ["kty", "kid", "use", "alg", "crv", "x"])
+@pytest.mark.parametrize("member", ["kid", "use", "alg"])
 async def test_an_odd_key_among_others(engines: replicas.Engines, tmp_path: pathlib.Path, member: str) -> None:
     """A key of which a member is a list is ignored, beside others; alone it is refused at the start, in one line."""
     odd = {**_described[1], "kid": "odd", member: ["RS256"]}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import pathlib
 import signal
 import typing
 
@@ -26,6 +27,13 @@ async def _that_answer(process: replicas.Process, address: str) -> int:
         await asyncio.gather(*(each.close() for each in clients))
 
 
+def _blocked_signals(pid: int) -> int:
+    """Return the mask of the signals that a process blocks."""
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    [mask] = [line.split()[1] for line in lines if line.startswith("SigBlk:")]
+    return int(mask, 16)
+
+
 def _is_of(connection: typing.Any, address: str) -> bool:
     established: bool = connection.status == psutil.CONN_ESTABLISHED
     return established and connection.laddr.port == int(address.rpartition(":")[2])
@@ -33,12 +41,13 @@ def _is_of(connection: typing.Any, address: str) -> bool:
 
 @pytest.mark.front_door
 async def test_workers_share_a_port(engines: replicas.Engines) -> None:
-    """Calls go to every worker, sessions end on time, one line tells the port, and SIGTERM ends all with status 0."""
+    """Every worker gets calls, none blocks a signal, sessions end on time, one line tells the port, SIGTERM ends all."""
     async with replicas.process(engines, AFTERHOURS_WORKERS=str(_COUNT)) as (process, client):
         workers = _workers(process)
         assert len(workers) == _COUNT
         await client.put_profile("ada")
         assert await _that_answer(process, client.address) == _COUNT
+        assert {_blocked_signals(pid) for pid in (process.pid, *(each.pid for each in workers))} == {0}
         session = await client.start("ada", 2)
 
         async def ended() -> bool:

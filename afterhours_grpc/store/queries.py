@@ -48,7 +48,8 @@ ON CONFLICT (user_id) DO UPDATE SET premium_expires_at = EXCLUDED.premium_expire
     identity_verified = EXCLUDED.identity_verified, location_consent = EXCLUDED.location_consent
 """)
 
-# Where there are gates: whether this put withdraws what one asks for. A premium time that merely passed does not.
+# Where there are gates: whether this put withdraws what one asks for. A premium time that was over already is no more
+# than passed, whatever replaces it.
 PUT_PROFILE_GATED = database.Statement(f"""
 WITH before AS MATERIALIZED (
         SELECT premium_expires_at FROM after_hours_profiles WHERE user_id = :user_id FOR UPDATE
@@ -62,8 +63,7 @@ WITH before AS MATERIALIZED (
             identity_verified = EXCLUDED.identity_verified, location_consent = EXCLUDED.location_consent
         RETURNING premium_expires_at, identity_verified, location_consent
     )
-SELECT {_PREMIUM} AND put.premium_expires_at IS DISTINCT FROM before.premium_expires_at
-    OR {_VERIFIED} OR {_CONSENT} AS withdrawn
+SELECT ({_PREMIUM} AND before.premium_expires_at > clock.at) IS TRUE OR {_VERIFIED} OR {_CONSENT} AS withdrawn
 FROM put CROSS JOIN (SELECT {fragments.NOW} AS at FROM (SELECT count(*) FROM put) AS after_the_put) AS clock
 LEFT JOIN before ON true
 """)

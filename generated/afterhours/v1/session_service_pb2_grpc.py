@@ -31,7 +31,7 @@ class SessionServiceStub:
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
     - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
-    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
@@ -105,7 +105,7 @@ class SessionServiceServicer:
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
     - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
-    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
@@ -152,6 +152,7 @@ class SessionServiceServicer:
         - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
         - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED, as for StartSession.
         - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one; an extension revives none.
+        - INVALID_ARGUMENT / INVALID_REQUEST for `additional_duration`: the new `expire_time` lies past the year 9998.
         - INVALID_ARGUMENT / REQUEST_ID_REUSED
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -279,7 +280,7 @@ class SessionService:
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
     - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
-    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.

@@ -32,7 +32,7 @@ class SessionServiceStub:
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
     - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
-    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
@@ -75,6 +75,7 @@ class SessionServiceStub:
     - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
     - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED, as for StartSession.
     - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one; an extension revives none.
+    - INVALID_ARGUMENT / INVALID_REQUEST for `additional_duration`: the new `expire_time` lies past the year 9998.
     - INVALID_ARGUMENT / REQUEST_ID_REUSED
     """
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]
@@ -117,7 +118,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
     - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
-    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
@@ -157,6 +158,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
     - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED, as for StartSession.
     - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one; an extension revives none.
+    - INVALID_ARGUMENT / INVALID_REQUEST for `additional_duration`: the new `expire_time` lies past the year 9998.
     - INVALID_ARGUMENT / REQUEST_ID_REUSED
     """
     GetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]  # type: ignore[assignment]
@@ -198,7 +200,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
 
     - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
-    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+    - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
     - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
@@ -254,6 +256,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         - RESOURCE_EXHAUSTED / RATE_LIMITED, with google.rpc.RetryInfo: too many starts and extensions of this user.
         - PERMISSION_DENIED / PREMIUM_REQUIRED, VERIFICATION_REQUIRED, CONSENT_REQUIRED, as for StartSession.
         - NOT_FOUND / NO_ACTIVE_SESSION: it ended, it expired, or there never was one; an extension revives none.
+        - INVALID_ARGUMENT / INVALID_REQUEST for `additional_duration`: the new `expire_time` lies past the year 9998.
         - INVALID_ARGUMENT / REQUEST_ID_REUSED
         """
 

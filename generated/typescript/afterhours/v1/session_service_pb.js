@@ -145,7 +145,7 @@ export const WatchSessionsResponseSchema = /*@__PURE__*/
  * Every failure carries google.rpc.ErrorInfo with a reason of ErrorReason. Beside those listed, each RPC may give:
  *
  * - UNAUTHENTICATED / UNAUTHENTICATED: the credentials are missing or not accepted.
- * - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field.
+ * - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
  * - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
  * - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
  * - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
