@@ -5,8 +5,8 @@ import datetime
 from afterhours_grpc.sessions import session
 
 EXPIRY_LIMIT = f"TIMESTAMPTZ '{session.EXPIRY_LIMIT}'"
-# Rows from before the CHECK on EXPIRY_LIMIT may lie beyond it, up to where the driver cannot decode them, and one such
-# row would fail the whole statement that reads it. Readers see them end at the last instant that is allowed.
+# Ended sessions and events from before the CHECK on EXPIRY_LIMIT may lie beyond it, where the driver decodes no time,
+# and one such row would fail the whole statement. What reads many rows sees the last instant that is allowed.
 _LAST = f"TIMESTAMPTZ '{session.EXPIRY_LIMIT - datetime.datetime.resolution}'"
 
 SESSION = """s.id, s.user_id, s.started_at, s.expires_at, s.ended_at, s.end_reason,
@@ -18,7 +18,7 @@ def readable(expires_at: str) -> str:
     return f"LEAST({expires_at}, {_LAST})"
 
 
-# SESSION, where it is read and not just written.
+# SESSION, for statements that read those of many users.
 READ = SESSION.replace("s.expires_at", f"{readable('s.expires_at')} AS expires_at")
 
 # The database's clock is the only one; tests move it by this parameter.

@@ -7,7 +7,7 @@ SELECT asked.ordinal, s.*, clock.at AS as_of
 FROM (SELECT {fragments.NOW} AS at) AS clock
 CROSS JOIN unnest(CAST(:user_ids AS text[])) WITH ORDINALITY AS asked(user_id, ordinal)
 CROSS JOIN LATERAL (
-    SELECT {fragments.READ} FROM after_hours_sessions AS s
+    SELECT {fragments.SESSION} FROM after_hours_sessions AS s
     WHERE s.user_id = asked.user_id AND s.ended_at IS NULL AND s.expires_at > clock.at
     LIMIT 1
 ) AS s
