@@ -32,8 +32,10 @@ run: $(VENV)/installed ## Start the service on a Postgres and a Redis of its own
 .PHONY: test
 test: $(VENV)/installed ## Run every test, on real engines; ARGS runs some, one at a time
 ifeq ($(ARGS),)
-	@$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not alone"
-	@$(BIN)/pytest -m alone
+	@failed=0; \
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not alone" || failed=1; \
+	$(BIN)/pytest -m alone || failed=1; \
+	exit $$failed
 else
 	@$(BIN)/pytest $(ARGS)
 endif

