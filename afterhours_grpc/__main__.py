@@ -9,13 +9,16 @@ import sys
 def main() -> None:
     """Run the commands, or say what to install: the stubs alone come without them."""
     _open_standard_files()
-    # Stopped while it still imports, a server has nothing to drain. A migration that is stopped has failed.
+    # A server that is stopped before it serves has nothing to drain. Of any other command the status must not say that
+    # it was done. Until all is imported not by an exception, which Python 3.11 turns into another in some places.
+    status = 0 if sys.argv[1:2] in (["serve"], ["dev"]) else 128 + signal.SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
     if sys.argv[1:2] == ["serve"]:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: os._exit(0))
-    elif sys.argv[1:2] == ["dev"]:
-        # It stops its engines.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGINT, lambda *_: os._exit(status))
+    try:
+        "".join(sys.argv).encode()
+    except UnicodeEncodeError:
+        sys.exit("afterhours-grpc: an argument is not valid UTF-8: check what was typed")
     missing = [name for name in ("typer", "sqlalchemy", "apscheduler") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit("afterhours-grpc: the service is not installed: pip install 'afterhours[server]'")
@@ -23,6 +26,7 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251 - written, and before grpc is loaded
     from afterhours_grpc import cli  # noqa: PLC0415 - only now is it known to be importable
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
     cli.app()
 
 

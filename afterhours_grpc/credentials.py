@@ -3,7 +3,7 @@
 import structlog
 
 from afterhours_grpc import background, settings
-from afterhours_grpc.rpc import auth, certificates, tokens
+from afterhours_grpc.rpc import auth, certificates, key_sets, tokens
 
 log = structlog.get_logger()
 
@@ -30,16 +30,16 @@ async def configured(
                 log.warning("credentials_in_the_clear", advice="set AFTERHOURS_TLS_CERT and AFTERHOURS_TLS_KEY")
             return authenticate, None
         return authenticate, certificates.Encryption(config.tls_cert, config.tls_key, config.tls_client_ca)
-    except (certificates.CertificateError, tokens.KeySetError) as error:
+    except (certificates.CertificateError, key_sets.KeySetError) as error:
         raise CredentialsError(str(error)) from error
 
 
-async def _key_set(url: str, tasks: background.Background) -> tokens.KeySet:
+async def _key_set(url: str, tasks: background.Background) -> key_sets.KeySet:
     """Give the keys at a URL. A file must be there; an endpoint may be away, for sessions end without it."""
-    keys = tokens.KeySet(url)
+    keys = key_sets.KeySet(url)
     try:
         await keys.refresh()
-    except tokens.KeySetError as error:
+    except key_sets.KeySetError as error:
         if url.startswith("file:"):
             raise
         log.error("jwks_unavailable", error=str(error))

@@ -62,8 +62,9 @@ class Engines:
             await connection.close()
 
     async def in_flight(self) -> bool:
-        """Whether a statement waits for a lock."""
-        return bool(await self.rows("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        """Return whether a statement in this database waits for a lock."""
+        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        return bool(await self.rows(waiting))
 
 
 class _Bearer:

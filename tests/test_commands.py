@@ -324,6 +324,52 @@ async def test_migrate_refuses_a_database_that_it_cannot_use(empty: str) -> None
     reader.refusal()
 
 
+@pytest.mark.parametrize("command", ["migrate", "erase-user ada --reference case-1"])
+async def test_a_command_that_is_stopped_was_not_done(engines: replicas.Engines, command: str) -> None:
+    """A command that SIGTERM ends has the signal's exit status, and changed nothing."""
+    await engines.rows("INSERT INTO after_hours_profiles VALUES ('ada', NULL, true, true)")
+    async with replicas.locked(engines, "LOCK TABLE after_hours_schema, after_hours_profiles"):
+        process = begin(*command.split(), env=engines.environment())
+        await replicas.eventually(engines.in_flight, within=30)
+        process.send_signal(signal.SIGTERM)
+        ended = await asyncio.to_thread(finished, process)
+    assert ended == Ended(128 + signal.SIGTERM, "", "")
+    assert len(await engines.rows("SELECT FROM after_hours_profiles")) == 1
+
+
+async def test_a_server_that_is_stopped_while_it_imports() -> None:
+    """SIGTERM ends it with status 0 and without a word, wherever in an import it comes."""
+    stopped = """
+import os, signal, sys
+
+class Trap:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "afterhours_grpc.cli":
+            type("Class", (), {"trap": Trap()})
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["afterhours-grpc", "serve"]
+from afterhours_grpc import __main__
+__main__.main()
+"""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", stopped, env=inherited(), stderr=asyncio.subprocess.PIPE
+    )
+    assert await process.communicate() == (None, b"")
+    assert process.returncode == 0
+
+
+async def test_an_argument_that_is_no_text() -> None:
+    """An argument that is not UTF-8 is refused in one line, before it gets anywhere."""
+    bad = os.fsdecode(b"\xffada")
+    for each in await asyncio.gather(run("call", "get", bad), run("export-user", bad, "--reference", "x")):
+        assert "UTF-8" in each.refusal()
+
+
 async def test_a_person_can_call(engines: replicas.Engines) -> None:
     """`call` starts, shows, extends and ends a session, and prints what a person wants to know."""
     async with replicas.replica(engines) as (_, client):

@@ -9,6 +9,7 @@ import json
 import pathlib
 import ssl
 import threading
+import time
 import typing
 
 import hypothesis
@@ -18,8 +19,7 @@ import replicas
 from hypothesis import strategies
 
 from afterhours_grpc import app
-from afterhours_grpc.rpc import tokens
-from afterhours_grpc.sessions import errors
+from afterhours_grpc.rpc import key_sets
 
 KEYS: dict[str, tuple[str, typing.Any]] = {
     f"{algorithm} key": (algorithm, make()) for algorithm, make in keys.ALGORITHMS.items()
@@ -84,29 +84,46 @@ async def test_a_symmetric_key_in_a_set_is_no_key(engines: replicas.Engines, tmp
         assert "AFTERHOURS_JWKS_URL" in line, name
 
 
-class Endpoint:
-    """A key set over https, which counts its visitors."""
+def no_key_set(file: typing.Any) -> None:
+    """Send what no key set is, for as long as it is read."""
+    while True:
+        file.write(1_000_000 * b" ")
 
-    def __init__(self, authority: keys.Authority) -> None:
+
+def slowly(file: typing.Any) -> None:
+    """Send a byte now and then, sooner than any read gives up."""
+    while True:
+        file.write(b" ")
+        time.sleep(0.05)
+
+
+class Endpoint:
+    """A key set over https, which counts its visitors; `send` writes the answer's body."""
+
+    def __init__(self, authority: keys.Authority | None) -> None:
         endpoint = self
-        self.text, self.status, self.visits = "", 200, 0
+        self.text, self.status, self.visits, self.elsewhere = "", 200, 0, "http://127.0.0.1:1/"
+        self.send: typing.Callable[[typing.Any], object] = lambda file: file.write(endpoint.text.encode())
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 endpoint.visits += 1
                 self.send_response(endpoint.status)
-                self.send_header("Location", "http://127.0.0.1:1/")
+                self.send_header("Location", endpoint.elsewhere)
                 self.end_headers()
-                self.wfile.write(endpoint.text.encode())
+                with contextlib.suppress(OSError):  # the visitor went away
+                    endpoint.send(self.wfile)
 
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*authority.server("endpoint"))
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.url = f"https://127.0.0.1:{self._server.server_port}/jwks.json"
+        self.url = f"http://127.0.0.1:{self._server.server_port}/jwks.json"
+        if authority:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*authority.server("endpoint"))
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self.url = self.url.replace("http:", "https:")
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
 
@@ -246,17 +263,17 @@ async def test_no_key_set_is_too_odd(tmp_path: pathlib.Path) -> None:
 
     async def read(text: str) -> None:
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
-        key_set = tokens.KeySet(file.as_uri())
+        key_set = key_sets.KeySet(file.as_uri())
         try:
             await key_set.refresh()
-        except tokens.KeySetError as error:
+        except key_sets.KeySetError as error:
             met["refused"] += 1
             met[str(error).rpartition(": ")[2]] += 1
             return
         met["read"] += 1
         for id in ("RS256 key", "nobody's", None):
-            with contextlib.suppress(errors.Unauthenticated):
-                assert (await key_set.find(id)).algorithm_name in tokens.ASYMMETRIC
+            found = await key_set.find(id)
+            assert found is None or found.algorithm_name in key_sets.ALGORITHMS
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None)
     @hypothesis.given(_sets)
@@ -268,8 +285,8 @@ async def test_no_key_set_is_too_odd(tmp_path: pathlib.Path) -> None:
     assert met["refused"] == met["check AFTERHOURS_JWKS_URL"] > 0
     for text in (100_000 * "[", "1" * 100_000, "\ud800", '{"keys": [' + 50_000 * "[" + "]}"):
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
-        with pytest.raises(tokens.KeySetError):
-            await tokens.KeySet(file.as_uri()).refresh()
+        with pytest.raises(key_sets.KeySetError):
+            await key_sets.KeySet(file.as_uri()).refresh()
 
 
 @pytest.mark.parametrize("member", ["kid", "use", "alg"])
@@ -299,3 +316,56 @@ async def test_an_endpoint_that_becomes_odd(
         assert await accepted(client.address, signed("ES256 key", scope="fresh"))
     assert sum("jwks_unavailable" in line for line in process.lines) == 1
     assert not [line for line in process.lines if "Traceback" in line or "died" in line]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch, authority: keys.Authority) -> None:
+    """Have servers in this process wait for a tenth of the time, and trust the endpoint."""
+    monkeypatch.setattr(key_sets, "_FETCH_TIMEOUT", 0.5)
+    monkeypatch.setattr(key_sets, "_COOLDOWN", 0.2)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("send", [no_key_set, slowly])
+async def test_an_endpoint_that_does_not_come_to_an_end(
+    engines: replicas.Engines, endpoint: Endpoint, send: typing.Callable[[typing.Any], None]
+) -> None:
+    """It delays neither the start nor a call whose key is known, others only for a while, and is asked again."""
+    good, endpoint.send, endpoint.text = endpoint.send, send, keys.key_set({"ES256 key": KEYS["ES256 key"]})
+    async with replicas.replica(engines, AFTERHOURS_AUTH="jwt", AFTERHOURS_JWKS_URL=endpoint.url) as (service, _):
+        endpoint.send = good
+        await replicas.eventually(lambda: accepted(service.address, signed("ES256 key")), within=10)
+        endpoint.send = send
+        unknown = asyncio.create_task(accepted(service.address, signed("EdDSA key")))
+        assert await accepted(service.address, signed("ES256 key", scope="fresh"))
+        assert not await asyncio.wait_for(unknown, 5)
+        endpoint.send, endpoint.text = good, keys.key_set(KEYS)
+        await replicas.eventually(lambda: accepted(service.address, signed("EdDSA key")), within=10)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "text",
+    [100_000 * "[", '{"keys": [{"kty": "RSA", "kid": "RS256 key", "alg": ["RS256"], "n": "AQAB", "e": "AQAB"}]}'],
+    ids=["deep", "a list of algorithms"],
+)
+async def test_an_endpoint_that_talks_nonsense(engines: replicas.Engines, endpoint: Endpoint, text: str) -> None:
+    """What is no key set is as good as no answer: the service starts, and fetches its keys later."""
+    endpoint.text = text
+    async with replicas.replica(engines, AFTERHOURS_AUTH="jwt", AFTERHOURS_JWKS_URL=endpoint.url) as (service, _):
+        assert not await accepted(service.address, signed("RS256 key"))
+        endpoint.text = keys.key_set(KEYS)
+        await replicas.eventually(lambda: accepted(service.address, signed("RS256 key")), within=10)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_endpoint_that_redirects(engines: replicas.Engines, endpoint: Endpoint) -> None:
+    """Keys are taken from where the operator says, and from nowhere that it redirects to."""
+    with contextlib.closing(Endpoint(None)) as plain:
+        plain.text = keys.key_set(KEYS)
+        endpoint.status, endpoint.elsewhere = 302, plain.url
+        async with replicas.replica(engines, AFTERHOURS_AUTH="jwt", AFTERHOURS_JWKS_URL=endpoint.url) as (service, _):
+            assert not await accepted(service.address, signed("RS256 key"))
+        assert endpoint.visits > 0
+        assert plain.visits == 0

@@ -1,6 +1,7 @@
 """TLS, and callers by their client certificates."""
 
 import asyncio
+import ipaddress
 import pathlib
 import shutil
 
@@ -115,6 +116,47 @@ async def test_callers_by_certificate(
         assert await unreachable(service.address, None)
 
 
+IMPOSTORS: dict[str, x509.GeneralName] = {
+    "cut at a NUL": x509.DNSName("gateway.corp\0.example.com"),
+    "a URI cut at a NUL": x509.UniformResourceIdentifier(f"{GATEWAY}\0.example.com"),
+    "an email address cut at a NUL": x509.RFC822Name._init_without_validation("ada@corp\0.example.com"),
+    "a DNS name like a URI": x509.DNSName(GATEWAY),
+    "a DNS name like an email address": x509.DNSName("ada@corp"),
+    "a DNS name like an IP address": x509.DNSName("10.1.2.3"),
+    "a URI like a DNS name": x509.UniformResourceIdentifier("gateway.corp"),
+    "a registered id": x509.RegisteredID(x509.ObjectIdentifier("1.2.3.4")),
+}
+GENUINE: dict[str, x509.GeneralName] = {
+    "gateway.corp": x509.DNSName("gateway.corp"),
+    GATEWAY: x509.UniformResourceIdentifier(GATEWAY),
+    "ada@corp": x509.RFC822Name("ada@corp"),
+    "10.1.2.3": x509.IPAddress(ipaddress.ip_address("10.1.2.3")),
+    "2001:db8::1": x509.IPAddress(ipaddress.ip_address("2001:db8::1")),
+}
+
+
+async def test_a_name_counts_whole_and_by_its_kind(
+    engines: replicas.Engines, authority: keys.Authority, tmp_path: pathlib.Path
+) -> None:
+    """A certificate is a caller by a name of the right kind, up to its last byte, not by one that begins with it."""
+    settings = mtls(authority, tmp_path)
+    (tmp_path / "allow").write_text("".join(f"{name}\n" for name in (*GENUINE, "1.2.3.4")))
+
+    async with replicas.replica(engines, **settings) as (service, _):
+
+        async def told(name: str, san: x509.GeneralName) -> object:
+            files = authority.issue(name.replace("/", "_"), san)
+            async with replicas.Client(service.address, credentials=authority.trusting(files)) as client:
+                return await replicas.outcome(client.get(""))
+
+        for name, san in GENUINE.items():
+            assert not isinstance(await told(name, san), replicas.Refusal), name
+        for name, san in IMPOSTORS.items():
+            refused = await told(name, san)
+            assert isinstance(refused, replicas.Refusal), name
+            assert refused.reason == "UNAUTHENTICATED", name
+
+
 async def test_what_cannot_be_served_is_refused(
     engines: replicas.Engines, authority: keys.Authority, tmp_path: pathlib.Path
 ) -> None:
@@ -123,6 +165,7 @@ async def test_what_cannot_be_served_is_refused(
     _, other_key = authority.server("other")
     (tmp_path / "empty").write_text("")
     (tmp_path / "unknown").write_text(f"{GATEWAY} sessions:all\n")
+    (tmp_path / "twice").write_text(f"{GATEWAY} sessions:any\n{GATEWAY}\n")
     bad = [
         ("AFTERHOURS_TLS_KEY", str(other_key)),
         ("AFTERHOURS_TLS_KEY", str(tmp_path / "nowhere")),
@@ -133,6 +176,7 @@ async def test_what_cannot_be_served_is_refused(
         ("AFTERHOURS_TLS_CLIENT_CA", ""),
         ("AFTERHOURS_MTLS_ALLOW", str(tmp_path / "empty")),
         ("AFTERHOURS_MTLS_ALLOW", str(tmp_path / "unknown")),
+        ("AFTERHOURS_MTLS_ALLOW", str(tmp_path / "twice")),
         ("AFTERHOURS_MTLS_ALLOW", str(tmp_path / "nowhere")),
         ("AFTERHOURS_MTLS_ALLOW", ""),
         ("AFTERHOURS_TRANSPORT", "native"),

@@ -311,6 +311,19 @@ async def test_a_stream_ends_with_its_token(engines: replicas.Engines) -> None:
         assert 0.5 < time.monotonic() - began < 3
 
 
+async def test_a_stream_within_the_leeway(engines: replicas.Engines) -> None:
+    """A token that is past its exp by less than clocks may differ opens a stream as it opens calls, until then."""
+    async with (
+        replicas.replica(engines, **JWT) as (service, _),
+        replicas.Client(service.address, keys.token("ada", exp=time.time() - 28)) as client,
+        watching(client) as watch,
+    ):
+        began = time.monotonic()
+        refusal = await replicas.refused(watch.next())
+        assert (refusal.code, refusal.reason) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
+        assert 0.5 < time.monotonic() - began < 4
+
+
 @pytest.mark.front_door
 async def test_a_shutdown_ends_streams_at_once(engines: replicas.Engines) -> None:
     """On SIGTERM streams end as SHUTTING_DOWN, and go on elsewhere from their cursors."""

@@ -14,6 +14,10 @@ from afterhours_grpc.sessions import errors, session
 Context: typing.TypeAlias = "grpc.aio.ServicerContext[typing.Any, typing.Any]"
 
 
+LEEWAY = 30
+"""Seconds by which the clock of the issuer of a token may differ from ours."""
+
+
 class Scope(enum.StrEnum):
     """What a caller may be given beside what is its own. Each grants its row of the contract and nothing else."""
 
@@ -39,8 +43,14 @@ class Caller:
         return user_id if user_id or Scope.ANY in self.scopes else self.id
 
     def until(self) -> float | None:
-        """Give when the credentials end, in seconds of time.monotonic()."""
-        return None if self.expires_at is None else time.monotonic() + self.expires_at - time.time()
+        """Return when a stream with these credentials ends, in seconds of time.monotonic().
+
+        That is when they expire. Those that are past that by our clock, and were accepted, last as long as calls do.
+        """
+        if self.expires_at is None:
+            return None
+        left = self.expires_at - time.time()
+        return time.monotonic() + (left if left > 0 else left + LEEWAY)
 
     @property
     def may_watch_all(self) -> bool:
