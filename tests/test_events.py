@@ -13,6 +13,8 @@ import replicas
 import watches
 from afterhours.v1 import session_pb2
 
+from afterhours_grpc.store import outbox
+
 pytestmark = pytest.mark.store
 
 # An event of a user, as a transition writes it.
@@ -99,6 +101,29 @@ async def test_a_late_event_comes_before_what_follows_it(engines: replicas.Engin
                 await replicas.eventually(engines.in_flight, within=5)
             await ending
         assert watches.types(await watch.events(15)) == 5 * ["STARTED", "EXTENDED", "ENDED"]
+
+
+async def overlapping(engines: replicas.Engines, users: list[str]) -> None:
+    """Write events in five transactions at once: the later one began, the sooner it writes."""
+    async with contextlib.AsyncExitStack() as stack:
+        begun = [replicas.locked(engines, "SELECT pg_current_xact_id()") for _ in range(5)]
+        transactions = [await stack.enter_async_context(each) for each in begun]
+        for number, user in enumerate(users):
+            await transactions[-1 - number % 5].execute(WRITE, "STARTED", user, 5)
+
+
+async def test_a_backlog_keeps_its_order(engines: replicas.Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backlog of more than a statement looks at, from transactions that overlapped, is placed in the order of ids."""
+    monkeypatch.setattr(outbox, "_PLACED", 50)
+    monkeypatch.setattr(outbox, "_CANDIDATES", 300)
+    users = [f"user {number}" for number in range(200)]
+    for first in range(0, 200, 40):
+        await overlapping(engines, users[first : first + 40])
+    async with replicas.replica(engines):
+        await placed(engines, 0)
+    found = await engines.rows("SELECT position, user_id FROM after_hours_events ORDER BY position")
+    assert [row["position"] for row in found] == list(range(1, 1001))
+    assert [row["user_id"] for row in found] == [user for user in users for _ in range(5)]
 
 
 async def test_an_overdue_session_ends_before_the_next_starts(engines: replicas.Engines) -> None:

@@ -78,20 +78,19 @@ class Feed(typing.Generic[Rendered]):
 
     async def _tell(self, last: session.Position) -> None:
         """Pass on the events up to the last one and later ones, if it is not the one that was passed on last."""
-        async with self._joining:
-            more = bool(self._watchers) and self._position != last
-            while more:
-                try:
-                    found = await self._events.after(self._position, _PAGE)
-                except errors.CursorExpired:
-                    # The database has lost what was passed on. A watcher that has sent none of it can go on.
-                    found, self._position = [], await self._events.last()
-                    for watcher in self._watchers:
-                        watcher.fall_behind()
-                for event in found:
-                    self._dispatch(event)
-                    self._position = event.position
-                more = len(found) == _PAGE
+        more = bool(self._watchers) and self._position != last
+        while more:
+            try:
+                found = await self._events.after(self._position, _PAGE)
+            except errors.CursorExpired:
+                # The database has lost what was passed on. A watcher that has sent none of it can go on.
+                found, self._position = [], await self._events.last()
+                for watcher in self._watchers:
+                    watcher.fall_behind()
+            for event in found:
+                self._dispatch(event)
+                self._position = event.position
+            more = len(found) == _PAGE
 
     def _dispatch(self, event: outbox.Event) -> None:
         concerned = self._watchers.of(event.session.user_id)
