@@ -17,11 +17,15 @@ OWNERS = {
     "after_hours_sessions_by_start": {lists._ALL},
     "after_hours_sessions_near": {lists._NEAR},
 }
-# These begin at one end of a table's index, and stop soon; or read the outbox, which is all but empty.
+# These begin at one end of a table's index, and stop soon. The outbox is no such table: while a snapshot is held, all
+# that was in it is still in the way.
+NOT_FROM_AN_END = "after_hours_outbox_pkey"
 FROM_AN_END = {
-    outbox._ANY,
+    outbox._LOOK,
     outbox._PLACE,
-    outbox._OLDEST,
+    outbox._LAST,
+    outbox._AFTER,
+    outbox._AFTER_OF_USERS,
     outbox._REMOVE,
     privacy._ERASE_OUTBOX,
     *OWNERS["after_hours_sessions_due"],
@@ -60,7 +64,8 @@ async def test_every_row_is_found_by_a_key(engines: replicas.Engines, name: str)
     for node in scans:
         owners = OWNERS.get(node.get("Index Name", ""))
         assert owners is None or statement in owners, node["Index Name"]
-        assert "Index Cond" in node or statement in FROM_AN_END, (node["Node Type"], node.get("Index Name"))
+        from_an_end = statement in FROM_AN_END and node.get("Index Name") != NOT_FROM_AN_END
+        assert "Index Cond" in node or from_an_end, (node["Node Type"], node.get("Index Name"))
     assert all(statement not in each or _uses(scans, index) for index, each in OWNERS.items())
 
 

@@ -5,6 +5,7 @@ import base64
 import collections
 import collections.abc
 import contextlib
+import dataclasses
 import datetime
 import random
 import signal
@@ -12,120 +13,35 @@ import time
 import typing
 
 import asyncpg
-import grpc
 import keys
+import proxy
 import pytest
 import redis.asyncio
 import replicas
-from afterhours.v1 import session_event_pb2, session_pb2, session_service_pb2
+import watches
+from afterhours.v1 import session_event_pb2
 
 from afterhours_grpc.events import feed
 from afterhours_grpc.store import outbox
 
 JWT = {"AFTERHOURS_AUTH": "jwt", "AFTERHOURS_JWT_SECRET": keys.SECRET}
-HEARTBEAT = "HEARTBEAT"
-
-
-def name(event: session_event_pb2.SessionEvent) -> str:
-    """Give the name of an event's type."""
-    return session_event_pb2.SessionEventType.Name(event.type).removeprefix("SESSION_EVENT_TYPE_")
-
-
-class Watch:
-    """A stream of events, whose first heartbeat has come."""
-
-    def __init__(self, client: replicas.Client, user_ids: collections.abc.Iterable[str] = (), cursor: str = "") -> None:
-        request = session_service_pb2.WatchSessionsRequest(user_ids=user_ids, cursor=cursor)
-        self._call: typing.Any = client.sessions.WatchSessions(request)
-        self._reading: asyncio.Task[typing.Any] | None = None
-        self.cursor = cursor
-
-    async def next(self, within: float = 5) -> session_event_pb2.SessionEvent:
-        """Give the next message."""
-        # Not wait_for, for a reading that is cancelled ends the call.
-        self._reading = self._reading or asyncio.ensure_future(self._call.read())
-        await asyncio.wait({self._reading}, timeout=within)
-        if not self._reading.done():
-            raise TimeoutError
-        reading, self._reading = self._reading, None
-        response = await reading
-        if response is grpc.aio.EOF:
-            raise await self._failure()
-        event: session_event_pb2.SessionEvent = response.event
-        assert event.cursor
-        self.cursor = event.cursor
-        return event
-
-    async def _failure(self) -> BaseException:
-        code, details = await self._call.code(), await self._call.details()
-        return grpc.aio.AioRpcError(
-            code, await self._call.initial_metadata(), await self._call.trailing_metadata(), details
-        )
-
-    async def events(self, count: int, within: float = 10) -> list[session_event_pb2.SessionEvent]:
-        """Give the next events, without heartbeats."""
-        found: list[session_event_pb2.SessionEvent] = []
-        async with asyncio.timeout(within):
-            while len(found) < count:
-                event = await self.next(within)
-                if name(event) != HEARTBEAT:
-                    found.append(event)
-        return found
-
-    async def silent(self, seconds: float = 0.5) -> None:
-        """Check that nothing comes but heartbeats."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while name(await self.next(60)) == HEARTBEAT:
-                    pass
-                raise AssertionError("an event came")
-
-    def cancel(self) -> None:
-        """End it."""
-        self._call.cancel()
-
-
-@contextlib.asynccontextmanager
-async def watching(
-    client: replicas.Client, user_ids: collections.abc.Iterable[str] = (), cursor: str = ""
-) -> collections.abc.AsyncIterator[Watch]:
-    """Watch, once the first heartbeat has come."""
-    watch = Watch(client, user_ids, cursor)
-    try:
-        first = await watch.next()
-        assert name(first) == HEARTBEAT
-        assert not first.HasField("session")
-        yield watch
-    finally:
-        watch.cancel()
-
-
-def told(events: list[session_event_pb2.SessionEvent]) -> list[tuple[str, str, str]]:
-    """Give the types, users and end reasons of events."""
-    return [
-        (
-            name(each),
-            each.session.user_id,
-            session_pb2.EndReason.Name(each.session.end_reason).removeprefix("END_REASON_"),
-        )
-        for each in events
-    ]
-
-
-NONE = "UNSPECIFIED"
 
 
 @pytest.mark.front_door
 async def test_every_transition_whoever_caused_it(engines: replicas.Engines) -> None:
     """Start, extension, end, expiry, a removed profile, a closed gate and an operator's end come as they happen."""
-    async with replicas.replica(engines, AFTERHOURS_GATES="consent") as (_, client), watching(client) as watch:
+    async with replicas.replica(engines, AFTERHOURS_GATES="consent") as (_, client), watches.watching(client) as watch:
         for user_id in ("ada", "bob", "eve", "joe"):
             await client.put_profile(user_id, location_consent=True)
         started = await client.start("ada")
         extended = await client.extend("ada")
         ended = await client.end("ada")
         events = await watch.events(3)
-        assert told(events) == [("STARTED", "ada", NONE), ("EXTENDED", "ada", NONE), ("ENDED", "ada", "USER")]
+        assert watches.told(events) == [
+            ("STARTED", "ada", watches.NONE),
+            ("EXTENDED", "ada", watches.NONE),
+            ("ENDED", "ada", "USER"),
+        ]
         assert [each.session for each in events] == [started, extended, ended]
         assert events[0].event_time == started.start_time
         assert events[2].event_time == ended.end_time
@@ -140,17 +56,17 @@ async def test_every_transition_whoever_caused_it(engines: replicas.Engines) -> 
         operator = await replicas.Process(engines.environment(), "end", "joe").start()
         assert await operator.wait() == 0
         events = await watch.events(8)
-        assert collections.Counter(told(events)) == {
-            ("STARTED", "ada", NONE): 1,
+        assert collections.Counter(watches.told(events)) == {
+            ("STARTED", "ada", watches.NONE): 1,
             ("ENDED", "ada", "EXPIRED"): 1,
-            ("STARTED", "bob", NONE): 1,
+            ("STARTED", "bob", watches.NONE): 1,
             ("ENDED", "bob", "PROFILE_REMOVED"): 1,
-            ("STARTED", "eve", NONE): 1,
+            ("STARTED", "eve", watches.NONE): 1,
             ("ENDED", "eve", "INELIGIBLE"): 1,
-            ("STARTED", "joe", NONE): 1,
+            ("STARTED", "joe", watches.NONE): 1,
             ("ENDED", "joe", "ADMIN"): 1,
         }
-        expired = next(each for each in events if each.session.id == short.id and name(each) == "ENDED")
+        expired = next(each for each in events if each.session.id == short.id and watches.name(each) == "ENDED")
         assert expired.event_time == expired.session.end_time == short.expire_time
         # A start closes what nothing has swept yet.
         assert await engines.rows("SELECT FROM after_hours_outbox") == []
@@ -159,7 +75,7 @@ async def test_every_transition_whoever_caused_it(engines: replicas.Engines) -> 
 @pytest.mark.front_door
 async def test_refused_and_replayed_calls_leave_no_event(engines: replicas.Engines) -> None:
     """What changed nothing is no event, and what was replayed is none again."""
-    async with replicas.replica(engines) as (_, client), watching(client) as watch:
+    async with replicas.replica(engines) as (_, client), watches.watching(client) as watch:
         await replicas.refused(client.start("ada"))
         await client.put_profile("ada")
         first = replicas.request_id()
@@ -168,7 +84,7 @@ async def test_refused_and_replayed_calls_leave_no_event(engines: replicas.Engin
         await replicas.refused(client.start("ada"))
         await client.end("ada")
         await replicas.refused(client.end("ada"))
-        assert [kind for kind, _, _ in told(await watch.events(2))] == ["STARTED", "ENDED"]
+        assert [kind for kind, _, _ in watches.told(await watch.events(2))] == ["STARTED", "ENDED"]
         await watch.silent()
 
 
@@ -178,94 +94,110 @@ async def test_from_now_on_from_a_cursor_and_of_some_users(engines: replicas.Eng
     async with replicas.replica(engines) as (_, client), replicas.replica(engines) as (_, other):
         for user_id in ("ada", "bob"):
             await client.put_profile(user_id)
-        async with watching(client) as watch:
+        async with watches.watching(client) as watch:
             beginning = watch.cursor
             await client.start("ada")
             [first] = await watch.events(1)
             await client.start("bob")
-        async with watching(other, cursor=first.cursor) as watch:
-            assert told(await watch.events(1)) == [("STARTED", "bob", NONE)]
-        async with watching(other) as watch, watching(client, ["ada", "nobody"]) as of_ada:
+        async with watches.watching(other, cursor=first.cursor) as watch:
+            assert watches.told(await watch.events(1)) == [("STARTED", "bob", watches.NONE)]
+        async with watches.watching(other) as watch, watches.watching(client, ["ada", "nobody"]) as of_ada:
             await client.end("bob")
             await client.end("ada")
-            assert told(await watch.events(2)) == [("ENDED", "bob", "USER"), ("ENDED", "ada", "USER")]
-            assert told(await of_ada.events(1)) == [("ENDED", "ada", "USER")]
-        async with watching(other, ["bob"], beginning) as watch:
-            assert told(await watch.events(2)) == [("STARTED", "bob", NONE), ("ENDED", "bob", "USER")]
+            assert watches.told(await watch.events(2)) == [("ENDED", "bob", "USER"), ("ENDED", "ada", "USER")]
+            assert watches.told(await of_ada.events(1)) == [("ENDED", "ada", "USER")]
+        async with watches.watching(other, ["bob"], beginning) as watch:
+            assert watches.told(await watch.events(2)) == [("STARTED", "bob", watches.NONE), ("ENDED", "bob", "USER")]
             await watch.silent()
 
 
 async def test_heartbeats(engines: replicas.Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come by themselves, with a cursor that has passed what concerned others."""
     monkeypatch.setattr(feed, "HEARTBEAT", 0.3)
-    async with replicas.replica(engines) as (_, client), watching(client, ["nobody"]) as watch:
+    async with replicas.replica(engines) as (_, client), watches.watching(client, ["nobody"]) as watch:
         first = watch.cursor
         await client.put_profile("ada")
         await client.start("ada")
         began = time.monotonic()
         beats = [await watch.next() for _ in range(4)]
-        assert {name(each) for each in beats} == {HEARTBEAT}
+        assert {watches.name(each) for each in beats} == {watches.HEARTBEAT}
         assert 1.0 < time.monotonic() - began < 3
         assert beats[-1].cursor != first
         assert abs(beats[-1].event_time.ToDatetime(datetime.UTC) - datetime.datetime.now(datetime.UTC)).seconds < 2
-        async with watching(client, cursor=beats[-1].cursor) as later:
+        async with watches.watching(client, cursor=beats[-1].cursor) as later:
             await later.silent(0.4)
 
 
+def forged(version: bytes, *numbers: int) -> str:
+    """Return a cursor that no server has given."""
+    raw = version + b"".join(each.to_bytes(8, "big", signed=True) for each in numbers)
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
 @pytest.mark.parametrize(
-    "cursor", ["x", "é", "AAAA", base64.urlsafe_b64encode(b"1" + (10**6).to_bytes(8, "big")).decode().rstrip("=")]
+    "cursor",
+    ["x", "é", "AAAA", forged(b"1", 7), forged(b"3", 7, 0), forged(b"2", -7, 0), forged(b"2", 7, 2**63 - 1)],
 )
 async def test_a_cursor_that_is_none(engines: replicas.Engines, cursor: str) -> None:
-    """What is no cursor, or one of a time to come, is refused by name."""
+    """A malformed cursor is refused by name."""
     async with replicas.replica(engines) as (_, client):
-        refusal = await replicas.refused(Watch(client, cursor=cursor).next())
+        refusal = await replicas.refused(watches.Watch(client, cursor=cursor).next())
         assert refusal.reason == "INVALID_REQUEST"
         assert [each.field for each in refusal.details["BadRequest"].field_violations] == ["cursor"]
-        many = await replicas.refused(Watch(client, [f"user {number}" for number in range(1001)]).next())
+        many = await replicas.refused(watches.Watch(client, [f"user {number}" for number in range(1001)]).next())
         assert [each.field for each in many.details["BadRequest"].field_violations] == ["user_ids"]
+
+
+async def test_a_cursor_of_no_event(engines: replicas.Engines) -> None:
+    """A cursor of an event that the database does not have, or that got its position at another time, has expired."""
+    async with replicas.replica(engines) as (_, client):
+        await client.put_profile("ada")
+        async with watches.watching(client) as watch:
+            await client.start("ada")
+            await watch.events(1)
+        for cursor in (forged(b"2", 1, 0), forged(b"2", 10**6, 0), forged(b"2", 2**63 - 1, 0)):
+            refusal = await watches.failure(watches.Watch(client, cursor=cursor))
+            assert (refusal.code, refusal.reason) == ("OUT_OF_RANGE", "CURSOR_EXPIRED")
+        async with watches.watching(client, cursor=watch.cursor) as again:
+            await client.end("ada")
+            assert watches.types(await again.events(1)) == ["ENDED"]
 
 
 @pytest.mark.store
 async def test_a_cursor_that_is_too_old(engines: replicas.Engines) -> None:
-    """Events are removed after their retention, in their order; a cursor before what is kept is CURSOR_EXPIRED."""
+    """Events are removed after their retention, in their order; a cursor before what is kept is CURSOR_EXPIRED.
+
+    The newest event that is past its retention stays, for the cursor there: it may be idle for longer than that.
+    """
     settings = {"AFTERHOURS_EVENT_RETENTION": "7d", "AFTERHOURS_RECONCILE_INTERVAL": "1s"}
-    async with replicas.replica(engines, **settings) as (_, client):
+    async with replicas.replica(engines, **settings) as (service, client):
         await client.put_profile("ada")
-        async with watching(client) as watch:
+        async with watches.watching(client) as watch:
             beginning = watch.cursor
             for _ in range(5):
                 await client.start("ada")
                 await client.end("ada")
             events = await watch.events(10)
-        assert len(await engines.rows("SELECT FROM after_hours_events")) == 10
-        await engines.rows(
-            "UPDATE after_hours_events SET placed_at = placed_at - interval '7 days' WHERE position <= 6"
-        )
-
-        async def removed() -> bool:
-            return len(await engines.rows("SELECT FROM after_hours_events")) == 4
-
-        await replicas.eventually(removed, within=5)
+        await engines.rows("UPDATE after_hours_events SET placed_at = placed_at + interval '1 day' WHERE position > 6")
+        service.database.clock_offset = datetime.timedelta(days=7)
+        await replicas.eventually(lambda: _kept(engines, 5), within=5)
         for cursor, user_ids in ((beginning, []), (events[4].cursor, []), (beginning, ["ada"]), (beginning, ["eve"])):
-            watch = Watch(client, user_ids, cursor)
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                assert name(await watch.next()) == HEARTBEAT
-            refusal = await replicas.refused(watch.next())
+            refusal = await watches.failure(watches.Watch(client, user_ids, cursor))
             assert (refusal.code, refusal.reason) == ("OUT_OF_RANGE", "CURSOR_EXPIRED")
-        async with watching(client, cursor=events[5].cursor) as watch:
-            assert await watch.events(4) == events[6:]
-        await engines.rows("UPDATE after_hours_events SET placed_at = placed_at - interval '7 days'")
-        await replicas.eventually(lambda: _none(engines, "after_hours_events"), within=5)
-        watch = Watch(client, cursor=events[5].cursor)
-        await watch.next()
-        assert (await replicas.refused(watch.next())).reason == "CURSOR_EXPIRED"
-        async with watching(client, cursor=events[9].cursor) as watch:
+        async with watches.watching(client, cursor=events[5].cursor) as watch:
+            newer = await watch.events(4)
+        assert [each.session for each in newer] == [each.session for each in events[6:]]
+
+        service.database.clock_offset = datetime.timedelta(days=9)
+        await replicas.eventually(lambda: _kept(engines, 1), within=5)
+        assert (await watches.failure(watches.Watch(client, cursor=newer[2].cursor))).reason == "CURSOR_EXPIRED"
+        async with watches.watching(client, cursor=newer[3].cursor) as watch:
             await client.start("ada")
-            assert told(await watch.events(1)) == [("STARTED", "ada", NONE)]
+            assert watches.told(await watch.events(1)) == [("STARTED", "ada", watches.NONE)]
 
 
-async def _none(engines: replicas.Engines, table: str) -> bool:
-    return await engines.rows(f"SELECT FROM {table}") == []
+async def _kept(engines: replicas.Engines, count: int) -> bool:
+    return len(await engines.rows("SELECT FROM after_hours_events")) == count
 
 
 async def test_who_may_watch(engines: replicas.Engines) -> None:
@@ -280,21 +212,25 @@ async def test_who_may_watch(engines: replicas.Engines) -> None:
     ):
         for user_id in ("ada", "bob"):
             await root.put_profile(user_id)
-        assert (await replicas.refused(Watch(anybody).next())).reason == "UNAUTHENTICATED"
+        assert (await replicas.refused(watches.Watch(anybody).next())).reason == "UNAUTHENTICATED"
         for client, user_ids in ((ada, ["bob"]), (ada, ["ada", "bob"]), (officer, ["ada"])):
-            assert (await replicas.refused(Watch(client, user_ids).next())).reason == "FORBIDDEN"
+            assert (await replicas.refused(watches.Watch(client, user_ids).next())).reason == "FORBIDDEN"
         assert (await replicas.refused(chat.get("ada"))).reason == "FORBIDDEN"
         async with (
-            watching(ada) as own,
-            watching(ada, ["ada"]) as named,
-            watching(chat) as of_all,
-            watching(gateway, ["bob"]) as of_bob,
+            watches.watching(ada) as own,
+            watches.watching(ada, ["ada"]) as named,
+            watches.watching(chat) as of_all,
+            watches.watching(gateway, ["bob"]) as of_bob,
         ):
             await root.start("bob")
             await root.start("ada")
-            assert told(await own.events(1)) == told(await named.events(1)) == [("STARTED", "ada", NONE)]
+            assert (
+                watches.told(await own.events(1))
+                == watches.told(await named.events(1))
+                == [("STARTED", "ada", watches.NONE)]
+            )
             assert len(await of_all.events(2)) == 2
-            assert told(await of_bob.events(1)) == [("STARTED", "bob", NONE)]
+            assert watches.told(await of_bob.events(1)) == [("STARTED", "bob", watches.NONE)]
 
 
 @pytest.mark.front_door
@@ -303,7 +239,7 @@ async def test_a_stream_ends_with_its_token(engines: replicas.Engines) -> None:
     async with (
         replicas.replica(engines, **JWT) as (service, _),
         replicas.Client(service.address, keys.token("ada", exp=time.time() + 1.5)) as client,
-        watching(client) as watch,
+        watches.watching(client) as watch,
     ):
         began = time.monotonic()
         refusal = await replicas.refused(watch.next())
@@ -329,21 +265,21 @@ async def test_a_shutdown_ends_streams_at_once(engines: replicas.Engines) -> Non
     """On SIGTERM streams end as SHUTTING_DOWN, and go on elsewhere from their cursors."""
     async with replicas.replica(engines) as (_, other), replicas.process(engines) as (process, client):
         await other.put_profile("ada")
-        async with watching(client) as watch:
+        async with watches.watching(client) as watch:
             process.signal(signal.SIGTERM)
             refusal = await replicas.refused(watch.next())
             assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
         assert await process.wait() == 0
         await other.start("ada")
-        async with watching(other, cursor=watch.cursor) as again:
-            assert told(await again.events(1)) == [("STARTED", "ada", NONE)]
+        async with watches.watching(other, cursor=watch.cursor) as again:
+            assert watches.told(await again.events(1)) == [("STARTED", "ada", watches.NONE)]
 
 
 @pytest.mark.store
 @pytest.mark.parametrize("where", ["elsewhere", "a transition"])
 async def test_a_transaction_that_stays_open_stops_nobody(engines: replicas.Engines, where: str) -> None:
     """An open transaction, even with an event of its own in it, delays no other; its event comes when it commits."""
-    async with replicas.replica(engines) as (_, client), watching(client) as watch:
+    async with replicas.replica(engines) as (_, client), watches.watching(client) as watch:
         for user_id in ("ada", "bob"):
             await client.put_profile(user_id)
         await client.start("ada")
@@ -366,19 +302,21 @@ async def test_a_transaction_that_stays_open_stops_nobody(engines: replicas.Engi
         await transaction.commit()
         await connection.close()
         if where == "a transition":
-            assert told(await watch.events(1)) == [("EXTENDED", "ada", NONE)]
-            async with watching(client, cursor=cursor) as later:
-                assert told(await later.events(1)) == [("EXTENDED", "ada", NONE)]
+            assert watches.told(await watch.events(1)) == [("EXTENDED", "ada", watches.NONE)]
+            async with watches.watching(client, cursor=cursor) as later:
+                assert watches.told(await later.events(1)) == [("EXTENDED", "ada", watches.NONE)]
         else:
             await watch.silent()
 
 
-async def _collected(watchers: list[tuple[Watch, list[session_event_pb2.SessionEvent]]], done: asyncio.Event) -> None:
-    async def collect(watch: Watch, into: list[session_event_pb2.SessionEvent]) -> None:
+async def _collected(
+    watchers: list[tuple[watches.Watch, list[session_event_pb2.SessionEvent]]], done: asyncio.Event
+) -> None:
+    async def collect(watch: watches.Watch, into: list[session_event_pb2.SessionEvent]) -> None:
         while not done.is_set():
             with contextlib.suppress(TimeoutError):
                 event = await watch.next(0.5)
-                if name(event) != HEARTBEAT:
+                if watches.name(event) != watches.HEARTBEAT:
                     into.append(event)
 
     await asyncio.gather(*(collect(*each) for each in watchers))
@@ -417,16 +355,16 @@ async def test_sixteen_writers_a_held_transaction_and_streams_that_break(engines
                 await client.end(user)
 
         async def watch() -> None:
-            first = Watch(one)
+            first = watches.Watch(one)
             cursor = (await first.next()).cursor
             first.cancel()
             started.set()
             while not done.is_set():
-                async with watching(chance.choice((one, other)), cursor=cursor) as stream:
+                async with watches.watching(chance.choice((one, other)), cursor=cursor) as stream:
                     for _ in range(chance.randint(1, 120)):
                         with contextlib.suppress(TimeoutError):
                             event = await stream.next(1)
-                            if name(event) != HEARTBEAT:
+                            if watches.name(event) != watches.HEARTBEAT:
                                 seen.append(event)
                         cursor = stream.cursor
                         if done.is_set():
@@ -452,12 +390,12 @@ def _check(
 ) -> None:
     """Check that after leaving out repeats all came once, and those of each session in order."""
     once = {each.cursor: each for each in seen}
-    found = collections.Counter((name(each), each.session.id) for each in once.values())
+    found = collections.Counter((watches.name(each), each.session.id) for each in once.values())
     assert sum(count for (kind, _), count in found.items() if kind == "EXTENDED") == extended
     assert {key: count for key, count in found.items() if key[0] not in {"EXTENDED", "EXPIRING"}} == dict(expected)
     orders = collections.defaultdict(list)
     for each in once.values():
-        orders[each.session.id].append(name(each))
+        orders[each.session.id].append(watches.name(each))
     for order in orders.values():
         assert order[0] == "STARTED"
         assert "ENDED" not in order[:-1]
@@ -469,7 +407,7 @@ async def test_kills_of_replicas_leave_no_gap(engines: replicas.Engines) -> None
     async with replicas.replica(engines) as (_, client):
         users = [f"user {number}" for number in range(40)]
         await asyncio.gather(*(client.put_profile(user) for user in users))
-        async with watching(client) as stream:
+        async with watches.watching(client) as stream:
             done = asyncio.Event()
             collecting = asyncio.create_task(_collected([(stream, seen)], done))
             for _ in range(3):
@@ -494,7 +432,7 @@ async def test_kills_of_replicas_leave_no_gap(engines: replicas.Engines) -> None
 
 async def test_postgres_drops_every_connection(engines: replicas.Engines) -> None:
     """A watch whose server loses its connections, that of its notifications too, goes on."""
-    async with replicas.replica(engines) as (_, client), watching(client) as watch:
+    async with replicas.replica(engines) as (_, client), watches.watching(client) as watch:
         await client.put_profile("ada")
         for _ in range(3):
             await client.start("ada")
@@ -503,12 +441,8 @@ async def test_postgres_drops_every_connection(engines: replicas.Engines) -> Non
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE pid <> pg_backend_pid() AND datname = current_database()"
             )
-            await replicas.eventually(lambda: _answers(client), within=5)
-        assert [kind for kind, _, _ in told(await watch.events(6))] == 3 * ["STARTED", "ENDED"]
-
-
-async def _answers(client: replicas.Client) -> bool:
-    return not isinstance(await replicas.outcome(client.get("ada")), replicas.Refusal)
+            await replicas.eventually(lambda: watches.answers(client), within=5)
+        assert [kind for kind, _, _ in watches.told(await watch.events(6))] == 3 * ["STARTED", "ENDED"]
 
 
 async def test_a_slow_reader_is_told_and_harms_nobody(engines: replicas.Engines) -> None:
@@ -517,10 +451,10 @@ async def test_a_slow_reader_is_told_and_harms_nobody(engines: replicas.Engines)
         replicas.replica(engines) as (service, client),
         # Else its library reads megabytes ahead.
         replicas.Client(service.address, further=[("grpc.http2.bdp_probe", 0)]) as stalling,
-        watching(client) as watch,
+        watches.watching(client) as watch,
     ):
-        slow = Watch(stalling)
-        assert name(await slow.next()) == HEARTBEAT
+        slow = watches.Watch(stalling)
+        assert watches.name(await slow.next()) == watches.HEARTBEAT
         users = [f"user {number}" for number in range(250)]
         await asyncio.gather(*(client.put_profile(user) for user in users))
         seen: list[session_event_pb2.SessionEvent] = []
@@ -538,12 +472,12 @@ async def test_a_slow_reader_is_told_and_harms_nobody(engines: replicas.Engines)
         await collecting
         read = 0
         while not isinstance(refusal := await replicas.outcome(slow.next()), replicas.Refusal):
-            assert name(refusal) != HEARTBEAT
+            assert watches.name(refusal) != watches.HEARTBEAT
             read += 1
         assert (refusal.code, refusal.reason) == ("RESOURCE_EXHAUSTED", "SLOW_CONSUMER")
         assert refusal.metadata["cursor"] == slow.cursor
         assert read < 5_000
-        async with watching(client, cursor=slow.cursor) as again:
+        async with watches.watching(client, cursor=slow.cursor) as again:
             assert await again.events(6_000 - read, within=30) == seen[read:]
 
 
@@ -563,14 +497,40 @@ async def test_a_thousand_watchers(engines: replicas.Engines, monkeypatch: pytes
         clients = [await stack.enter_async_context(replicas.Client(client.address)) for _ in range(10)]
         users = [f"user {number}" for number in range(1000)]
         await asyncio.gather(*(client.put_profile(user) for user in users))
-        watches = [Watch(clients[number % 10], [user]) for number, user in enumerate(users)]
-        for each in watches:
+        opened = [watches.Watch(clients[number % 10], [user]) for number, user in enumerate(users)]
+        for each in opened:
             stack.callback(each.cancel)
-        assert {name(each) for each in await asyncio.gather(*(watch.next(20) for watch in watches))} == {HEARTBEAT}
+        assert {watches.name(each) for each in await asyncio.gather(*(watch.next(20) for watch in opened))} == {
+            watches.HEARTBEAT
+        }
         await asyncio.gather(*(client.start(user) for user in users))
-        events = await asyncio.gather(*(watch.events(1, 20) for watch in watches))
-        assert [told(each) for each in events] == [[("STARTED", user, NONE)] for user in users]
+        events = await asyncio.gather(*(watch.events(1, 20) for watch in opened))
+        assert [watches.told(each) for each in events] == [[("STARTED", user, watches.NONE)] for user in users]
     assert 0 < readings < 100
+
+
+async def test_a_storm_of_watchers_that_resume(engines: replicas.Engines) -> None:
+    """While 400 watchers catch up, with a slow Postgres, calls find a connection at once."""
+    async with (
+        proxy.Proxy(engines.database_url) as network,
+        replicas.replica(dataclasses.replace(engines, database_url=network.url)) as (_, client),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        clients = [await stack.enter_async_context(replicas.Client(client.address)) for _ in range(10)]
+        async with watches.watching(client) as watch:
+            beginning = watch.cursor
+            await client.put_profile("ada")
+            await client.start("ada")
+            await watch.events(1)
+            network.delay_replies = 0.1
+            resumed = [watches.Watch(clients[number % 10], [f"user {number}"], beginning) for number in range(400)]
+            for each in resumed:
+                stack.callback(each.cancel)
+            await asyncio.gather(*(each.next(20) for each in resumed))
+            began = time.monotonic()
+            await client.end("ada")
+            assert time.monotonic() - began < 2.5
+            network.delay_replies = 0
 
 
 @pytest.mark.store
@@ -580,7 +540,7 @@ async def test_warnings(engines: replicas.Engines) -> None:
     async with (
         replicas.replica(engines, **settings) as (_, client),
         replicas.replica(engines, **settings) as (_, other),
-        watching(other) as watch,
+        watches.watching(other) as watch,
     ):
         for user_id in ("ada", "bob", "eve"):
             await client.put_profile(user_id)
@@ -589,13 +549,17 @@ async def test_warnings(engines: replicas.Engines) -> None:
         events = await watch.events(4)
         # One second after its start, and not again.
         [warned] = await watch.events(1, within=3)
-        assert (name(warned), warned.session.id, warned.session.expire_time) == ("EXPIRING", ada.id, ada.expire_time)
+        assert (watches.name(warned), warned.session.id, warned.session.expire_time) == (
+            "EXPIRING",
+            ada.id,
+            ada.expire_time,
+        )
         assert 3 > warned.session.remaining.ToTimedelta().total_seconds() > 2
         later = await watch.events(4, within=10)
-        assert told([each for each in later if each.session.id == bob.id]) == [("ENDED", "bob", "EXPIRED")]
-        assert told([each for each in later if each.session.id == ada.id]) == [("ENDED", "ada", "EXPIRED")]
+        assert watches.told([each for each in later if each.session.id == bob.id]) == [("ENDED", "bob", "EXPIRED")]
+        assert watches.told([each for each in later if each.session.id == ada.id]) == [("ENDED", "ada", "EXPIRED")]
         of_eve = [each for each in later if each.session.id == eve.id]
-        assert [name(each) for each in of_eve] == ["EXPIRING", "ENDED"]
+        assert [watches.name(each) for each in of_eve] == ["EXPIRING", "ENDED"]
         assert of_eve[0].session.expire_time == moved.expire_time
         assert len(events) == 4
         await watch.silent()
@@ -605,20 +569,20 @@ async def test_warnings(engines: replicas.Engines) -> None:
 async def test_a_warning_for_each_end(engines: replicas.Engines) -> None:
     """After a warning an extension brings another one; an end takes it away; a lead of 0 turns warnings off."""
     settings = {"AFTERHOURS_WARNING_LEAD": "3s", "AFTERHOURS_DURATIONS": "4s,15m"}
-    async with replicas.replica(engines, **settings) as (_, client), watching(client) as watch:
+    async with replicas.replica(engines, **settings) as (_, client), watches.watching(client) as watch:
         for user_id in ("ada", "bob"):
             await client.put_profile(user_id)
         await client.start("ada", 4)
         await client.start("bob", 4)
         await client.end("bob")
         events = await watch.events(4)
-        assert [name(each) for each in events] == ["STARTED", "STARTED", "ENDED", "EXPIRING"]
+        assert [watches.name(each) for each in events] == ["STARTED", "STARTED", "ENDED", "EXPIRING"]
         await client.extend("ada", 4)
-        assert [name(each) for each in await watch.events(2)] == ["EXTENDED", "EXPIRING"]
+        assert [watches.name(each) for each in await watch.events(2)] == ["EXTENDED", "EXPIRING"]
         await client.extend("ada", 900)
         assert len(await _warnings(engines)) == 1
         await client.end("ada")
-        assert [name(each) for each in await watch.events(2)] == ["EXTENDED", "ENDED"]
+        assert [watches.name(each) for each in await watch.events(2)] == ["EXTENDED", "ENDED"]
 
         async def gone() -> bool:
             return await _warnings(engines) == []
@@ -642,7 +606,7 @@ async def test_warnings_survive_redis(engines: replicas.Engines) -> None:
     settings = {"AFTERHOURS_WARNING_LEAD": "3s", "AFTERHOURS_DURATIONS": "5s", "AFTERHOURS_RECONCILE_INTERVAL": "1s"}
     async with (
         replicas.replica(engines, **settings) as (_, client),
-        watching(client) as watch,
+        watches.watching(client) as watch,
         redis.asyncio.Redis.from_url(engines.redis_url) as connection,
     ):
         for user_id in ("ada", "bob"):
@@ -654,9 +618,9 @@ async def test_warnings_survive_redis(engines: replicas.Engines) -> None:
         foreign = [f"session:warn:{bob.id}".encode(), b"session:warn:nobody", b"\xff"]
         await connection.zadd("afterhours:warnings", dict.fromkeys(foreign, 1))
         events = await watch.events(6, within=10)
-        assert collections.Counter(name(each) for each in events) == {"STARTED": 2, "EXPIRING": 2, "ENDED": 2}
+        assert collections.Counter(watches.name(each) for each in events) == {"STARTED": 2, "EXPIRING": 2, "ENDED": 2}
         for each in events:
-            if name(each) == "EXPIRING":
+            if watches.name(each) == "EXPIRING":
                 assert each.session.remaining.ToTimedelta().total_seconds() < 3
 
 
@@ -665,7 +629,7 @@ async def test_an_erased_user(engines: replicas.Engines) -> None:
     async with replicas.replica(engines) as (_, client):
         for user_id in ("ada", "bob"):
             await client.put_profile(user_id)
-        async with watching(client) as watch, watching(client, ["ada"]) as of_ada:
+        async with watches.watching(client) as watch, watches.watching(client, ["ada"]) as of_ada:
             beginning = watch.cursor
             first = await client.start("ada")
             await client.end("ada")
@@ -677,17 +641,17 @@ async def test_an_erased_user(engines: replicas.Engines) -> None:
             assert await erasing.wait() == 0
             for each in (watch, of_ada):
                 [ended] = await each.events(1)
-                assert told([ended]) == [("ENDED", "ada", "ADMIN")]
+                assert watches.told([ended]) == [("ENDED", "ada", "ADMIN")]
                 assert not ended.session.HasField("fuzzed_location")
-        async with watching(client, cursor=beginning) as later:
+        async with watches.watching(client, cursor=beginning) as later:
             events = await later.events(5)
-        assert [(name(each), each.session.id) for each in events[:3]] == [
+        assert [(watches.name(each), each.session.id) for each in events[:3]] == [
             ("STARTED", first.id),
             ("ENDED", first.id),
             ("STARTED", second.id),
         ]
         assert {event.session.user_id for event in events[:3]} == {""}
         assert not any(event.session.HasField("fuzzed_location") for event in events[:3])
-        assert told(events[3:]) == [("STARTED", "bob", NONE), ("ENDED", "ada", "ADMIN")]
+        assert watches.told(events[3:]) == [("STARTED", "bob", watches.NONE), ("ENDED", "ada", "ADMIN")]
         left = await engines.rows("SELECT to_jsonb(e)::text AS row FROM after_hours_events AS e WHERE user_id = 'ada'")
         assert len(left) == 1

@@ -1,62 +1,34 @@
-"""The watch: one reading of the events for all who watch in this process, and one for each who has to catch up."""
+"""The watch: all watchers in this process share one reading of the events; one that is behind reads by itself."""
 
 import asyncio
-import collections
 import collections.abc
 import contextlib
-import dataclasses
 import math
 import time
 import typing
 
+from afterhours_grpc.events import watchers
 from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import database, outbox
 
 Event = outbox.Event
 Rendered = typing.TypeVar("Rendered")
 
-# Seconds between two looks that nothing woke, and at least between two that something did: what comes together is
-# placed and read together.
+# Seconds between two polls without a wake-up, and at least between two with one: what comes together is placed and read
+# together.
 _POLL = 0.2
 _PACE = 0.02
+# Seconds that opening a watch may take.
+_JOIN_TIMEOUT = 4.5
 HEARTBEAT = 15.0
 """Seconds between two heartbeats."""
 
-# Events of one statement.
+# Events that one statement reads.
 _PAGE = 1000
-# Events that wait for one watcher; beyond them it reads by itself what the others are told. Who is behind, and took
-# that many seconds for one event, is slow.
-_ROOM = 1000
+# A watcher that is behind and takes longer than this over one event is disconnected.
 _SLOW = 2.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Told(typing.Generic[Rendered]):
-    """An event, rendered once for all who watch; a heartbeat where `event` is None."""
-
-    position: int
-    event: Rendered | None
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Watcher(typing.Generic[Rendered]):
-    # None for everybody.
-    user_ids: frozenset[session.UserId] | None
-    position: int = 0
-    waiting: collections.deque[Told[Rendered]] = dataclasses.field(default_factory=collections.deque)
-    wanted: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-    behind: bool = False
-
-    def take(self, told: Told[Rendered]) -> None:
-        if len(self.waiting) >= _ROOM:
-            self.fall_behind()
-        if not self.behind:
-            self.waiting.append(told)
-        self.wanted.set()
-
-    def fall_behind(self) -> None:
-        self.behind = True
-        self.waiting.clear()
+# Watchers that read by themselves at once: however many resume, they leave most of the connections to calls.
+_READERS = 4
 
 
 class Feed(typing.Generic[Rendered]):
@@ -74,13 +46,12 @@ class Feed(typing.Generic[Rendered]):
         self._events = events
         self._noted = noted
         self._render = render
-        # Every event up to here was told to those who watched then. Kept up while somebody watches.
-        self._position = 0
-        self._watchers: set[_Watcher[Rendered]] = set()
-        # The same by whom they watch, those of everybody under None.
-        self._by_user: dict[session.UserId | None, set[_Watcher[Rendered]]] = {}
-        self._joiners: list[tuple[_Watcher[Rendered], asyncio.Future[int]]] = []
+        # Every event up to here was passed on to those that watched then. Maintained while there are watchers.
+        self._position = session.BEGINNING
+        self._watchers: watchers.Watchers[Rendered] = watchers.Watchers()
+        self._joiners: list[tuple[watchers.Watcher[Rendered], asyncio.Future[session.Position]]] = []
         self._joining = asyncio.Lock()
+        self._reading = asyncio.Semaphore(_READERS)
         self._admitting: set[asyncio.Task[None]] = set()
         self._draining = False
 
@@ -95,74 +66,61 @@ class Feed(typing.Generic[Rendered]):
         await self._events.listen(self._noted)
 
     async def run(self) -> None:
-        """Place events and tell them, until cancelled. A Postgres that is away is tried again."""
+        """Place events and pass them on, until cancelled. A Postgres that is away is tried again."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL):
                     await self._noted.wait()
             self._noted.clear()
             with contextlib.suppress(errors.StoreUnavailable, database.Retry):
-                while await self._events.place(_PAGE):
-                    pass
-                await self._tell()
+                await self._tell(await self._events.place())
             await asyncio.sleep(_PACE)
 
-    async def _tell(self) -> None:
-        if not self._watchers:
-            return
-        async with self._joining:
-            last = await self._events.last()
-            while self._position < last:
-                try:
-                    found = await self._events.after(self._position, last, _PAGE)
-                except errors.CursorExpired:
-                    # They find out by themselves.
-                    for watcher in self._watchers:
-                        watcher.fall_behind()
-                    found = []
-                for event in found:
-                    self._dispatch(event)
-                self._position = found[-1].position if found else last
+    async def _tell(self, last: session.Position) -> None:
+        """Pass on the events up to the last one and later ones, if it is not the one that was passed on last."""
+        more = bool(self._watchers) and self._position != last
+        while more:
+            try:
+                found = await self._events.after(self._position, _PAGE)
+            except errors.CursorExpired:
+                # The database has lost what was passed on. A watcher that has sent none of it can go on.
+                found, self._position = [], await self._events.last()
+                for watcher in self._watchers:
+                    watcher.fall_behind()
+            for event in found:
+                self._dispatch(event)
+                self._position = event.position
+            more = len(found) == _PAGE
 
     def _dispatch(self, event: outbox.Event) -> None:
-        concerned = [*self._by_user.get(None, ()), *self._by_user.get(event.session.user_id, ())]
+        concerned = self._watchers.of(event.session.user_id)
         if concerned:
-            told = Told(event.position, self._render(event))
+            told = watchers.Told(event.position, self._render(event))
             for watcher in concerned:
                 watcher.take(told)
-
-    def _add(self, watcher: _Watcher[Rendered]) -> None:
-        self._watchers.add(watcher)
-        for user_id in watcher.user_ids or (None,):
-            self._by_user.setdefault(user_id, set()).add(watcher)
-
-    def _remove(self, watcher: _Watcher[Rendered]) -> None:
-        if watcher in self._watchers:
-            self._watchers.remove(watcher)
-            for user_id in watcher.user_ids or (None,):
-                self._by_user[user_id].remove(watcher)
-                if not self._by_user[user_id]:
-                    del self._by_user[user_id]
 
     async def watch(
         self,
         user_ids: frozenset[session.UserId] | None,
-        after: int | None,
+        after: session.Position | None,
         until: float | None,
         expired: collections.abc.Callable[[], errors.SessionError],
-    ) -> collections.abc.AsyncGenerator[Told[Rendered], None]:
-        """Tell the events of these users, or of all, after a position or from now on, and at once a heartbeat.
+    ) -> collections.abc.AsyncGenerator[watchers.Told[Rendered], None]:
+        """Yield a heartbeat at once, then the events of these users, or of all, after a position or from now on.
 
-        Raise CursorExpired, SlowConsumer, ShuttingDown, StoreUnavailable, InvalidRequest for a position that is still
-        to come, and at `until`, in seconds of time.monotonic(), what `expired` gives.
+        Raise CursorExpired, SlowConsumer, ShuttingDown, StoreUnavailable, and at `until`, in seconds of
+        time.monotonic(), what `expired` returns.
         """
-        watcher: _Watcher[Rendered] = _Watcher(user_ids)
+        watcher: watchers.Watcher[Rendered] = watchers.Watcher(
+            user_ids, after or session.BEGINNING, behind=after is not None
+        )
         try:
             now = await self._join(watcher)
-            if after is not None and after > now:
-                raise errors.InvalidRequest((errors.Violation("cursor", "must be one that this service gave"),))
-            watcher.position = now if after is None else after
-            yield Told(watcher.position, None)
+            if watcher.position.number > now.number:
+                raise errors.CursorExpired
+            if after is None:
+                watcher.position = now
+            yield watchers.Told(watcher.position, None)
             async for told in self._from(watcher, math.inf if until is None else until):
                 began = time.monotonic()
                 yield told
@@ -173,27 +131,32 @@ class Feed(typing.Generic[Rendered]):
                     raise errors.ShuttingDown
             raise errors.ShuttingDown if self._draining else expired()
         finally:
-            self._remove(watcher)
+            self._watchers.remove(watcher)
 
-    async def _join(self, watcher: _Watcher[Rendered]) -> int:
-        """Have a watcher told what comes from here on, and give what is the last position now."""
-        joined: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    async def _join(self, watcher: watchers.Watcher[Rendered]) -> session.Position:
+        """Deliver to a watcher what comes from here on; return the last position as of now.
+
+        Raise StoreUnavailable after 4.5 s: those who came before may wait for a silent Postgres as well.
+        """
+        joined: asyncio.Future[session.Position] = asyncio.get_running_loop().create_future()
         self._joiners.append((watcher, joined))
         if len(self._joiners) == 1:
             admitting = asyncio.create_task(self._admit())
             self._admitting.add(admitting)
             admitting.add_done_callback(self._admitting.discard)
-        return await joined
+        try:
+            async with asyncio.timeout(_JOIN_TIMEOUT):
+                return await joined
+        except TimeoutError as error:
+            raise errors.StoreUnavailable from error
 
     async def _admit(self) -> None:
-        """Let in all who came meanwhile, by one look at where the events are."""
+        """Add all watchers that came meanwhile, by one look at the last position."""
         async with self._joining:
             joiners, self._joiners = self._joiners, []
             try:
                 # What was committed before they came is before now.
-                while await self._events.place(_PAGE, wait=True):
-                    pass
-                now = await self._events.last()
+                now = await self._events.place(wait=True)
             except (errors.StoreUnavailable, database.Retry):
                 for _, joined in joiners:
                     if not joined.done():
@@ -203,15 +166,14 @@ class Feed(typing.Generic[Rendered]):
                 self._position = now
             for watcher, joined in joiners:
                 if not joined.done():
-                    self._add(watcher)
+                    self._watchers.add(watcher)
                     joined.set_result(now)
 
     async def _from(
-        self, watcher: _Watcher[Rendered], until: float
-    ) -> collections.abc.AsyncGenerator[Told[Rendered], None]:
-        """Tell what comes after the watcher's position, which moves on with what is sent, up to `until` or a drain."""
+        self, watcher: watchers.Watcher[Rendered], until: float
+    ) -> collections.abc.AsyncGenerator[watchers.Told[Rendered], None]:
+        """Yield what comes after the watcher's position, which moves on with what is sent, up to `until` or a drain."""
         beat = time.monotonic() + HEARTBEAT
-        watcher.behind = True
         while time.monotonic() < until and not self._draining:
             if watcher.behind:
                 watcher.behind = False
@@ -219,12 +181,12 @@ class Feed(typing.Generic[Rendered]):
                     yield told
             elif watcher.waiting:
                 told = watcher.waiting.popleft()
-                if told.position > watcher.position:
+                if told.position.number > watcher.position.number:
                     yield told
             elif time.monotonic() >= beat:
                 beat = time.monotonic() + HEARTBEAT
-                # Nothing waits, so that all up to there was sent.
-                yield Told(max(watcher.position, self._position), None)
+                # Nothing is queued, so everything up to here was sent.
+                yield watchers.Told(max(watcher.position, self._position, key=lambda each: each.number), None)
             else:
                 watcher.wanted.clear()
                 with contextlib.suppress(TimeoutError):
@@ -232,12 +194,25 @@ class Feed(typing.Generic[Rendered]):
                         await watcher.wanted.wait()
 
     async def _missed(
-        self, watcher: _Watcher[Rendered], until: float
-    ) -> collections.abc.AsyncGenerator[Told[Rendered], None]:
-        """Read what was told to the others before, up to where the watcher is told with them."""
-        upto, position = self._position, watcher.position
-        while position < upto and time.monotonic() < until:
-            found = await self._events.after(position, upto, _PAGE, watcher.user_ids)
+        self, watcher: watchers.Watcher[Rendered], until: float
+    ) -> collections.abc.AsyncGenerator[watchers.Told[Rendered], None]:
+        """Read what was passed on to the others before, up to where this watcher gets it with them.
+
+        Read at least once, which shows whether the history is still that of the watcher's position.
+        """
+        upto, position, more = self._position, watcher.position, True
+        while more and time.monotonic() < until:
+            found = await self._read(watcher.user_ids, position, upto)
             for event in found:
-                yield Told(event.position, self._render(event))
-            position = found[-1].position if len(found) == _PAGE else upto
+                yield watchers.Told(event.position, self._render(event))
+                position = event.position
+            more = len(found) == _PAGE
+
+    async def _read(
+        self, user_ids: frozenset[session.UserId] | None, position: session.Position, upto: session.Position
+    ) -> list[outbox.Event]:
+        try:
+            async with self._reading:
+                return await self._events.after(position, _PAGE, upto=upto, user_ids=user_ids)
+        except database.Retry:
+            raise errors.StoreUnavailable from None

@@ -4,6 +4,7 @@ import base64
 import binascii
 import collections.abc
 import dataclasses
+import datetime
 import hmac
 import struct
 import typing
@@ -11,24 +12,34 @@ import uuid
 
 from google.protobuf import message
 
-_CURSOR = struct.Struct(">cQ")
-_VERSION = b"1"
+from afterhours_grpc.sessions import session
+
+# The position's number, and when its event got it in microseconds since 1970: what tells whether it is still the same.
+_CURSOR = struct.Struct(">cQq")
+_VERSION = b"2"
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_MICROSECOND = datetime.timedelta(microseconds=1)
 _KEY = struct.Struct(">8s16s")
 _MAC_BYTES = 16
 
 
-def encode(position: int) -> str:
-    """Give the cursor of a position."""
-    return _text(_CURSOR.pack(_VERSION, position))
+def encode(position: session.Position) -> str:
+    """Return the cursor of a position."""
+    return _text(_CURSOR.pack(_VERSION, position.number, (position.placed_at - _EPOCH) // _MICROSECOND))
 
 
-def decode(cursor: str) -> int | None:
-    """Give the position of a cursor, or None if it is none."""
+def decode(cursor: str) -> session.Position | None:
+    """Return the position of a cursor, or None if it is malformed."""
     raw = _raw(cursor)
     if raw is None or len(raw) != _CURSOR.size:
         return None
-    version, position = _CURSOR.unpack(raw)
-    return int(position) if version == _VERSION and position < 2**63 else None
+    version, number, microseconds = _CURSOR.unpack(raw)
+    if version != _VERSION or number >= 2**63:
+        return None
+    try:
+        return session.Position(number, _EPOCH + microseconds * _MICROSECOND)
+    except OverflowError:
+        return None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -114,7 +114,7 @@ def active(
 
 def watch(
     request: session_service_pb2.WatchSessionsRequest, caller: auth.Caller
-) -> tuple[frozenset[session.UserId] | None, int | None]:
+) -> tuple[frozenset[session.UserId] | None, session.Position | None]:
     """Parse the users, None for everybody, and the position, None for now; or raise InvalidRequest."""
     form = wire.Form()
     user_ids = frozenset(_user_ids(form, request.user_ids))

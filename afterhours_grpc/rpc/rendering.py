@@ -74,7 +74,7 @@ def event_bytes(event: feed.Event) -> bytes:
     )
 
 
-def heartbeat_bytes(position: int) -> bytes:
+def heartbeat_bytes(position: session.Position) -> bytes:
     """Render a heartbeat in the same way."""
     return _watch_bytes(
         session_event_pb2.SessionEvent(

@@ -116,13 +116,13 @@ class LocationErased(SessionError):
 
 
 class CursorExpired(SessionError):
-    """Events after this cursor are no longer kept; watch from now on, with an empty cursor, and list."""
+    """Events after this cursor are no longer kept, or were lost; watch from now on, with an empty cursor, and list."""
 
 
 class SlowConsumer(SessionError):
     """The stream was read more slowly than events came; watch again from the cursor in the metadata, reading faster."""
 
-    def __init__(self, position: int) -> None:
+    def __init__(self, position: session.Position) -> None:
         super().__init__()
         self.position = position
 

@@ -16,6 +16,20 @@ UserId = typing.NewType("UserId", str)
 SessionId = typing.NewType("SessionId", uuid.UUID)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Position:
+    """The position of an event among all of them; `number` is 0 before the first.
+
+    `placed_at` is when the event there got it: where a history was lost, numbers are used again, but at other times.
+    """
+
+    number: int
+    placed_at: datetime.datetime
+
+
+BEGINNING = Position(0, datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC))
+
+
 class EndReason(enum.StrEnum):
     """Why a session ended, as it is stored."""
 

@@ -115,13 +115,19 @@ def warn_at(expires_at: str) -> str:
     return f"CASE WHEN {lead} > interval '0' AND {expires_at} - {lead} > clock.at THEN {expires_at} - {lead} END"
 
 
-def noted(kind: str, changed: str, at: str = "clock.at") -> str:
-    """Write the event of each row that `changed`, in the transaction that changes it."""
+def noted(kind: str, changed: str, at: str = "clock.at", after: str | None = None) -> str:
+    """Return a clause that writes the event of each row of `changed`, in the transaction that changes it.
+
+    Events come in the order in which their ids are drawn. Postgres runs clauses in any order unless one reads another,
+    so `after` names the kind of events that come first.
+    """
+    earlier = f" CROSS JOIN (SELECT count(*) FROM noted_{after.lower()}) AS after_those" if after else ""
     return f"""
     noted_{kind.lower()} AS (
         INSERT INTO after_hours_outbox (type, happened_at, session_id, user_id, started_at, expires_at, ended_at,
             end_reason, fuzzed_latitude, fuzzed_longitude, fuzz_radius_meters)
         SELECT '{kind}', {at}, s.id, s.user_id, s.started_at, s.expires_at, s.ended_at,
             s.end_reason, s.fuzzed_latitude, s.fuzzed_longitude, s.fuzz_radius_meters
-        FROM {changed} AS s CROSS JOIN clock
+        FROM {changed} AS s CROSS JOIN clock{earlier}
+        RETURNING id
     )"""

@@ -66,8 +66,11 @@ UPDATE {events} SET fuzzed_latitude = NULL, fuzzed_longitude = NULL, fuzz_radius
     user_id = CASE WHEN type = 'ENDED' AND session_id = ANY(CAST(:ended AS uuid[])) THEN user_id END
 WHERE user_id = :user_id
 """
-_ERASE_OUTBOX = database.Statement(_TOMBSTONES.format(events="after_hours_outbox"))
 _ERASE_EVENTS = database.Statement(_TOMBSTONES.format(events="after_hours_events"))
+_ERASE_OUTBOX = database.Statement(f"""
+WITH {outbox.LAST}{_TOMBSTONES.format(events="after_hours_outbox")}
+    AND ctid = ANY(ARRAY(SELECT unplaced.row FROM ({outbox.unplaced()}) AS unplaced WHERE unplaced.user_id = :user_id))
+""")
 
 _RECORD = database.Statement(f"""
 INSERT INTO after_hours_data_requests (kind, user_digest, reference, requested_at)
@@ -86,7 +89,7 @@ SELECT jsonb_pretty(jsonb_build_object(
         ) FROM s
     ), '[]'),
     'events', coalesce((
-        SELECT jsonb_agg(to_jsonb(e) - '{user_id,placed_at}'::text[] ORDER BY e.position)
+        SELECT jsonb_agg(to_jsonb(e) - '{user_id,placed_at,horizon}'::text[] ORDER BY e.position)
         FROM after_hours_events AS e WHERE e.user_id = :user_id
     ), '[]'),
     'answers', coalesce((
@@ -163,7 +166,7 @@ class Privacy:
             claimed = await run(_CLAIM_PROFILE, user_id=user_id)
             await run(queries.DELETE_PROFILE, user_id=user_id)
             ended = await run(endings.END_OF_USERS, user_ids=[user_id], reason=session.EndReason.ADMIN.value)
-            # The log's row first: while it is held no event moves from the one table to the other.
+            # While this is held, no event moves from the one table to the other.
             await run(outbox.LOCK)
             ids = [row["id"] for row in ended]
             await run(_ERASE_OUTBOX, user_id=user_id, ended=ids)

@@ -14,6 +14,10 @@ CROSS JOIN LATERAL (
 """)
 
 # Read once, for calls that came back without a row: what was answered before, the profile, an active session, the time.
+#
+# An answer can be read before it is durable: a commit that waits for a synchronous standby becomes visible when its
+# client gives up, and a failover may still lose it. A commit waits if its transaction wrote to the log, which locking a
+# row does, and standbys receive the log in order: once this one has returned, they have the answer, too.
 EXPLAIN = database.Statement(f"""
 SELECT asked.ordinal, clock.at, profile.user_id IS NOT NULL AS has_profile,
     ARRAY[{", ".join(fragments.closed("profile"))}] AS closed,
@@ -27,7 +31,7 @@ LEFT JOIN LATERAL (
         s.fuzzed_latitude, s.fuzzed_longitude, s.fuzz_radius_meters
     FROM after_hours_requests AS r JOIN after_hours_sessions AS s ON s.id = r.session_id
     WHERE r.caller = asked.caller AND r.method = :method AND r.request_id = asked.request_id
-    LIMIT 1
+    LIMIT 1 FOR KEY SHARE OF r -- writes, and so waits for synchronous standbys
 ) AS kept ON true
 LEFT JOIN LATERAL (
     SELECT * FROM after_hours_profiles WHERE user_id = asked.user_id LIMIT 1

@@ -11,6 +11,15 @@ from sqlalchemy.dialects import postgresql
 
 metadata = sa.MetaData()
 
+
+class TransactionId(sa.types.UserDefinedType[int]):
+    """Postgres' xid8: a transaction's id, which is never used again."""
+
+    def get_col_spec(self, **_: object) -> str:
+        """Return the type's name."""
+        return "XID8"
+
+
 profiles = sa.Table(
     "after_hours_profiles",
     metadata,
@@ -193,33 +202,32 @@ def _event() -> tuple[sa.Column[typing.Any], ...]:
 
 
 _TYPES = "type IN ('STARTED', 'EXTENDED', 'EXPIRING', 'ENDED')"
-# Written with each transition, in its transaction. Ids are drawn while a session's row is locked, so that its events
-# are in order; among sessions they are in none, for transactions commit in another order than they draw.
+# Written with each transition, in its transaction. Ids are drawn while a session's row is locked, so that the events of
+# one user are in order; those of different users are in none, for transactions commit in another order than they draw.
+# Rows are found by transaction, which must not walk over those that were moved: see `outbox`.
 outbox = sa.Table(
     "after_hours_outbox",
     metadata,
+    sa.Column(
+        "xid", TransactionId, primary_key=True, autoincrement=False, server_default=sa.text("pg_current_xact_id()")
+    ),
     sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
     *_event(),
     sa.CheckConstraint(_TYPES, name="after_hours_outbox_type"),
 )
-# Moved here once committed, by one transaction at a time, which gives positions without a gap: whoever has read up to a
-# position misses nothing before it, whatever is still open elsewhere.
+# Moved here once committed, by one transaction at a time, which gives positions without a gap: a reader has missed
+# nothing before the position that it has read, whatever is still open elsewhere. `horizon`, of the last one that a
+# transaction moves: the snapshot (pg_snapshot) in which everything committed has a position.
 events = sa.Table(
     "after_hours_events",
     metadata,
     sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("placed_at", sa.TIMESTAMP(timezone=True), nullable=False),
+    sa.Column("horizon", sa.Text),
     *_event(),
     sa.CheckConstraint(_TYPES, name="after_hours_events_type"),
 )
 sa.Index("after_hours_events_by_user", events.c.user_id, events.c.position)
-event_log = sa.Table(
-    "after_hours_event_log",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("last_position", sa.BigInteger, nullable=False),
-    sa.CheckConstraint("id = 1", name="after_hours_event_log_one_row"),
-)
 
 # What is recorded stays recorded, whoever holds the service's own password.
 _APPEND_ONLY = """

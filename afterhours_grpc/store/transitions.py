@@ -66,7 +66,7 @@ WITH {
         ON CONFLICT (user_id) WHERE ended_at IS NULL DO NOTHING
         RETURNING {fragments.SESSION}
     ),
-    {fragments.noted("STARTED", "opened")},
+    {fragments.noted("STARTED", "opened", after="ENDED")},
     {fragments.KEPT.format(changed="opened")}
 SELECT fresh.ordinal, s.*, clock.at AS as_of
 FROM opened AS s JOIN fresh USING (user_id) CROSS JOIN clock

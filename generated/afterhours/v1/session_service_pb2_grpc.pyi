@@ -97,7 +97,8 @@ class SessionServiceStub:
 
     Needs the scope `sessions:watch` or `sessions:any`, but for the caller's own sessions. The stream ends with
 
-    - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept; bootstrap again.
+    - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept, or the database lost what was sent, by a
+      failover that dropped commits or a restore; bootstrap again.
     - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
       watch again from there.
     - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
@@ -180,7 +181,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     Needs the scope `sessions:watch` or `sessions:any`, but for the caller's own sessions. The stream ends with
 
-    - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept; bootstrap again.
+    - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept, or the database lost what was sent, by a
+      failover that dropped commits or a restore; bootstrap again.
     - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
       watch again from there.
     - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
@@ -308,7 +310,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Needs the scope `sessions:watch` or `sessions:any`, but for the caller's own sessions. The stream ends with
 
-        - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept; bootstrap again.
+        - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept, or the database lost what was sent, by a
+          failover that dropped commits or a restore; bootstrap again.
         - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
           watch again from there.
         - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.

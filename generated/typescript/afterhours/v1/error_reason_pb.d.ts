@@ -172,8 +172,9 @@ export enum ErrorReason {
   LOCATION_ERASED = 19,
 
   /**
-   * OUT_OF_RANGE. Events after the cursor are no longer kept. Example: a consumer that was down for a week. The caller
-   * bootstraps again: it watches from now on, and lists.
+   * OUT_OF_RANGE. Events after the cursor are no longer kept, or the database lost the event of the cursor. Examples: a
+   * consumer that was down for a week; a failover that dropped commits; a restored backup. A running watch ends with it,
+   * too, if what it sent was lost. The caller bootstraps again: it watches from now on, and lists.
    *
    * @generated from enum value: ERROR_REASON_CURSOR_EXPIRED = 20;
    */

@@ -19,8 +19,9 @@ export declare const file_afterhours_v1_session_event: GenFile;
  */
 export declare type SessionEvent = Message<"afterhours.v1.SessionEvent"> & {
   /**
-   * Opaque. Watching from it goes on after this event. Kept by the server for 7 days, unless the operator says
-   * otherwise; an older one is OUT_OF_RANGE / CURSOR_EXPIRED. It is good with any server and any `user_ids`.
+   * Opaque. A watch from this cursor continues after this event, on any server and with any `user_ids`. Servers keep
+   * events for 7 days, unless configured otherwise. A cursor from before what is kept is OUT_OF_RANGE / CURSOR_EXPIRED,
+   * and so is one of an event that the database lost; one of the newest event stays valid however long nothing happens.
    *
    * @generated from field: string cursor = 1;
    */
