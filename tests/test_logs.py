@@ -53,7 +53,7 @@ async def _serving(
         stderr=stderr,
     )
     try:
-        async with replicas.Client(address) as client:
+        async with asyncio.timeout(60), replicas.Client(address) as client:
             await _serves(client)
             yield _Server(process, client)
     finally:

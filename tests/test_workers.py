@@ -41,7 +41,7 @@ def _is_of(connection: typing.Any, address: str) -> bool:
 
 @pytest.mark.front_door
 async def test_workers_share_a_port(engines: replicas.Engines) -> None:
-    """Every worker gets calls, none blocks a signal, sessions end on time, one line tells the port, SIGTERM ends all."""
+    """Every worker gets calls and blocks no signal, sessions end on time, one line tells the port, SIGTERM ends all."""
     async with replicas.process(engines, AFTERHOURS_WORKERS=str(_COUNT)) as (process, client):
         workers = _workers(process)
         assert len(workers) == _COUNT
