@@ -133,6 +133,14 @@ async def test_what_keeps_one_from_starting_is_told_once(engines: replicas.Engin
         assert "AFTERHOURS_WORKERS" in await replicas.refusal_to_start(engines.environment(AFTERHOURS_WORKERS=number))
 
 
+async def test_metrics_ports_that_there_are_not(engines: replicas.Engines) -> None:
+    """A metrics port of which the last worker's would be past 65535 is refused in one line."""
+    overrides = {"AFTERHOURS_METRICS_LISTEN": "127.0.0.1:65535", "AFTERHOURS_WORKERS": "2"}
+    refusal = await replicas.refusal_to_start(engines.environment(**overrides))
+    assert "AFTERHOURS_METRICS_LISTEN" in refusal
+    assert "65534" in refusal
+
+
 async def test_a_stop_while_workers_start_is_a_clean_exit(engines: replicas.Engines) -> None:
     """SIGTERM before the workers serve ends all of them, with status 0."""
     process = await replicas.Process(engines.environment(AFTERHOURS_WORKERS="2")).start()
