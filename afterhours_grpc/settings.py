@@ -16,6 +16,7 @@ from afterhours_grpc import failpoints
 from afterhours_grpc.sessions import location, session
 
 _UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_MAX_PORT = 65535
 _LENGTH = re.compile(r"(\d+)(s|m|h|d)|0")
 
 
@@ -54,7 +55,7 @@ def _within(least: str, most: str) -> pydantic.AfterValidator:
 
 def _address(text: object) -> tuple[str, int]:
     host, _, port = str(text).rpartition(":")
-    if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+    if not host or not port.isascii() or not port.isdecimal() or int(port) > _MAX_PORT:
         raise ValueError("must be host:port, with a port from 0 to 65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
@@ -192,6 +193,8 @@ class Settings(pydantic_settings.BaseSettings):
             missing.append("AFTERHOURS_FUZZ_KEY is not set: set it to 1:SECRET, the secret of 32 characters or more")
         if self.transport == "native" and not importlib.util.find_spec("pygrpc_native"):
             missing.append("AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours[native]'")
+        if self.metrics_listen and self.metrics_listen[1] > (highest := _MAX_PORT - self.workers + 1):
+            missing.append(f"AFTERHOURS_METRICS_LISTEN is past {highest}: of {self.workers} workers each has a port")
         if missing:
             raise SettingsError("; ".join(missing))
 

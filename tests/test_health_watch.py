@@ -13,6 +13,8 @@ import replicas
 from afterhours.v1 import session_service_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from afterhours_grpc.rpc import server
+
 pytestmark = pytest.mark.front_door
 
 SESSIONS = "afterhours.v1.SessionService"
@@ -102,3 +104,18 @@ async def test_the_watches_of_a_connection_are_bounded(engines: replicas.Engines
             return not isinstance(await replicas.outcome(watch(client).read()), replicas.Refusal)
 
         await replicas.eventually(has_room, within=5)
+
+
+async def test_a_client_that_vanished_is_noticed(engines: replicas.Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection whose client answers no ping is closed after the time and the timeout of keepalive."""
+    # With the times of the service, divided by 50.
+    quick = [(name, value // 50 if name.endswith("_ms") else value) for name, value in server._OPTIONS]
+    monkeypatch.setattr(server, "_OPTIONS", quick)
+    async with replicas.replica(engines) as (service, _):
+        host, _, port = service.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(frames.opening() + frames.call(_WATCH, b""))
+        async with asyncio.timeout(10):
+            received = await reader.read()
+        assert frames.PING in frames.kinds(received)
+        writer.transport.abort()

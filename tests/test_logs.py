@@ -53,7 +53,7 @@ async def _serving(
         stderr=stderr,
     )
     try:
-        async with replicas.Client(address) as client:
+        async with asyncio.timeout(60), replicas.Client(address) as client:
             await _serves(client)
             yield _Server(process, client)
     finally:
@@ -286,21 +286,16 @@ def test_the_text_of_an_exception_is_never_logged(format: str) -> None:
 
 
 _BLOCKED = """
-import asyncio, signal, sys, time
-from afterhours_grpc import output, __main__
-
-say = output.Console.print
-
-def block(console, text):
-    say(console, text)
-    asyncio.get_running_loop().call_later(0.2, BLOCK)
+import asyncio, gc, sys, time
+from afterhours_grpc import __main__
 
 def busy():
     while True:
         pass
 
-BLOCK = {"busy": busy, "asleep": lambda: time.sleep(100)}[sys.argv.pop()]
-output.Console.print = block
+block = {"busy": busy, "asleep": lambda: time.sleep(100)}[sys.argv.pop()]
+# The last thing that a server does before it says that it listens.
+gc.freeze = lambda: asyncio.get_running_loop().call_later(0.2, block)
 __main__.main()
 """
 

@@ -41,7 +41,7 @@ def _is_of(connection: typing.Any, address: str) -> bool:
 
 @pytest.mark.front_door
 async def test_workers_share_a_port(engines: replicas.Engines) -> None:
-    """Every worker gets calls, none blocks a signal, sessions end on time, one line has the port, SIGTERM ends all."""
+    """Every worker gets calls and blocks no signal, sessions end on time, one line has the port, SIGTERM ends all."""
     async with replicas.process(engines, AFTERHOURS_WORKERS=str(_COUNT)) as (process, client):
         workers = _workers(process)
         assert len(workers) == _COUNT
@@ -131,6 +131,14 @@ async def test_what_keeps_one_from_starting_is_told_once(engines: replicas.Engin
     assert "migrate" in told
     for number in ("0", "65", "many"):
         assert "AFTERHOURS_WORKERS" in await replicas.refusal_to_start(engines.environment(AFTERHOURS_WORKERS=number))
+
+
+async def test_metrics_ports_that_there_are_not(engines: replicas.Engines) -> None:
+    """A metrics port of which the last worker's would be past 65535 is refused in one line."""
+    overrides = {"AFTERHOURS_METRICS_LISTEN": "127.0.0.1:65535", "AFTERHOURS_WORKERS": "2"}
+    refusal = await replicas.refusal_to_start(engines.environment(**overrides))
+    assert "AFTERHOURS_METRICS_LISTEN" in refusal
+    assert "65534" in refusal
 
 
 async def test_a_stop_while_workers_start_is_a_clean_exit(engines: replicas.Engines) -> None:
