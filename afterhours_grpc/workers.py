@@ -15,7 +15,7 @@ import typing
 import structlog
 import typer
 
-from afterhours_grpc import app, settings
+from afterhours_grpc import address, app, settings
 
 log = structlog.get_logger()
 
@@ -109,8 +109,8 @@ async def _supervise(
     config.check()
     host, port = config.listen
     with _reserved(host, port) as bound:
-        address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
-        environment = {**flags, "AFTERHOURS_WORKERS": "1", "AFTERHOURS_LISTEN": address}
+        shared = str(address.Address(host, bound))
+        environment = {**flags, "AFTERHOURS_WORKERS": "1", "AFTERHOURS_LISTEN": shared}
         workers = [_Worker(number, settings.environment(environment)) for number in range(config.workers)]
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -123,8 +123,8 @@ async def _supervise(
                     return 0
                 if not starting.result():
                     return int(not stop.is_set())
-            typer.echo(f"{_LISTENING}{host}:{bound}")
-            greet(f"{host}:{bound}")
+            typer.echo(f"{_LISTENING}{shared}")
+            greet(shared)
             async with asyncio.TaskGroup() as group:
                 keeping = [group.create_task(each.keep()) for each in workers]
                 await stopped
