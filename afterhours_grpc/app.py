@@ -9,7 +9,7 @@ import prometheus_client
 import structlog
 import tenacity
 
-from afterhours_grpc import background, credentials, health_monitor, metrics, settings, throttle
+from afterhours_grpc import address, background, credentials, health_monitor, metrics, settings, throttle
 from afterhours_grpc.events import feed
 from afterhours_grpc.expiry import clock, reconciler, schedule
 from afterhours_grpc.rpc import auth, certificates, cursors, rendering, server, wire
@@ -33,7 +33,7 @@ class StartError(Exception):
 
 def cannot_listen(variable: str, host: str, port: int) -> StartError:
     """Give the error for an address, of a setting, that is not to be had."""
-    return StartError(f"cannot listen on {host}:{port}: set {variable} to a free address")
+    return StartError(f"cannot listen on {address.Address(host, port)}: set {variable} to a free address")
 
 
 class Service:
@@ -121,7 +121,7 @@ async def running(
             shared=config.worker is not None,
         )
         last.push_async_callback(grpc_server.stop)
-        address = await _listening(grpc_server, *config.listen)
+        listening = await _listening(grpc_server, *config.listen)
         grpc_server.serving(True)
         failed = asyncio.Event()
         monitor = health_monitor.HealthMonitor(
@@ -130,7 +130,7 @@ async def running(
         tasks.keep("health", monitor.run)
         last.callback(leave)
         try:
-            yield Service(db, session_store, timed, sweeper, address, failed)
+            yield Service(db, session_store, timed, sweeper, listening, failed)
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(config.drain.total_seconds() * _DRAINING):
@@ -189,7 +189,7 @@ async def _known(
 
 async def _listening(grpc_server: server.Server, host: str, port: int) -> str:
     try:
-        return f"{host}:{await grpc_server.start(host, port)}"
+        return str(address.Address(host, await grpc_server.start(host, port)))
     except OSError:
         raise cannot_listen("AFTERHOURS_LISTEN", host, port) from None
 

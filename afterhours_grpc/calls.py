@@ -56,7 +56,7 @@ class Connection:
     def stub(self) -> collections.abc.Iterator[session_service_pb2_grpc.SessionServiceStub]:
         """Give a stub; tell a failed call, and end with exit status 1."""
         try:
-            address = self.target or "{}:{}".format(*settings.load({}).listen)
+            address = self.target or str(settings.load({}).listen)
             channel = self._channel(address)
         except settings.SettingsError as error:
             flags.refuse(error)

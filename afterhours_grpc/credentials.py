@@ -26,7 +26,7 @@ async def configured(
         elif config.auth == "mtls" and config.mtls_allow:
             authenticate = certificates.Allowed(config.mtls_allow)
         if not (config.tls_cert and config.tls_key):
-            if not config.on_loopback:
+            if not config.listen.on_loopback:
                 log.warning("credentials_in_the_clear", advice="set AFTERHOURS_TLS_CERT and AFTERHOURS_TLS_KEY")
             return authenticate, None
         return authenticate, certificates.Encryption(config.tls_cert, config.tls_key, config.tls_client_ca)

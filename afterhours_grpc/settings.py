@@ -3,16 +3,17 @@
 import collections.abc
 import datetime
 import importlib.util
-import ipaddress
 import os
 import pathlib
 import re
 import typing
+import urllib.parse
 
+import jwt.algorithms
 import pydantic
 import pydantic_settings
 
-from afterhours_grpc import failpoints
+from afterhours_grpc import address, failpoints
 from afterhours_grpc.sessions import location, session
 
 _UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -53,13 +54,6 @@ def _within(least: str, most: str) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
-def _address(text: object) -> tuple[str, int]:
-    host, _, port = str(text).rpartition(":")
-    if not host or not port.isascii() or not port.isdecimal() or int(port) > _MAX_PORT:
-        raise ValueError("must be host:port, with a port from 0 to 65535")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 def _unless_off(text: object) -> object:
     return None if text == "off" else text
 
@@ -71,7 +65,7 @@ def _keys(text: object) -> tuple[location.FuzzKey, ...]:
 Length = typing.Annotated[datetime.timedelta, pydantic.BeforeValidator(length)]
 Bounded = typing.Annotated[Length, _within("0s", "36500d")]
 Positive = typing.Annotated[Length, _within("1s", "36500d")]
-Address = typing.Annotated[tuple[str, int], pydantic.BeforeValidator(_address), pydantic_settings.NoDecode]
+Address = typing.Annotated[address.Address, pydantic.BeforeValidator(address.parse), pydantic_settings.NoDecode]
 
 
 def _gates(text: object) -> frozenset[session.Gate]:
@@ -82,9 +76,28 @@ def _gates(text: object) -> frozenset[session.Gate]:
 
 
 def _secret(secret: pydantic.SecretStr) -> pydantic.SecretStr:
-    if len(secret.get_secret_value().encode()) < 32:
-        raise ValueError("must have at least 32 bytes: make one by `openssl rand -hex 32`")
+    text = secret.get_secret_value()
+    try:
+        if len(text.encode()) < 32:
+            raise ValueError("must have at least 32 bytes: make one by `openssl rand -hex 32`")
+        # What it refuses would be refused for each token.
+        jwt.algorithms.HMACAlgorithm(jwt.algorithms.HMACAlgorithm.SHA256).prepare_key(text)
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8: make one by `openssl rand -hex 32`") from None
+    except jwt.InvalidKeyError:
+        raise ValueError("must be no public key and no certificate: those belong into AFTERHOURS_JWKS_URL") from None
     return secret
+
+
+def _key_set_url(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.port != 0 and parts.username is None and url.isprintable() and " " not in url
+    except ValueError:
+        usable = False
+    if not usable or not (parts.hostname if parts.scheme == "https" else parts.path):
+        raise ValueError("must be https://HOST/PATH, without a user or a password, or file:///PATH")
+    return url
 
 
 def _variable(name: str, default: typing.Any, description: str) -> typing.Any:
@@ -127,9 +140,10 @@ class Settings(pydantic_settings.BaseSettings):
     jwt_secret: typing.Annotated[pydantic.SecretStr, pydantic.AfterValidator(_secret)] | None = _variable(
         "AFTERHOURS_JWT_SECRET", None, "Secret of tokens, HS256: at least 32 bytes."
     )
-    jwks_url: typing.Annotated[str, pydantic.Field(pattern=r"^(https://|file:/)")] | None = _variable(
-        "AFTERHOURS_JWKS_URL", None, "Key set of tokens, RS256, ES256 or EdDSA: https://… or file:///…"
-    )
+    jwks_url: (
+        typing.Annotated[str, pydantic.Field(pattern=r"^(https://|file:/)"), pydantic.AfterValidator(_key_set_url)]
+        | None
+    ) = _variable("AFTERHOURS_JWKS_URL", None, "Key set of tokens, RS256, ES256 or EdDSA: https://… or file:///…")
     jwt_issuer: str | None = _variable("AFTERHOURS_JWT_ISSUER", None, "Issuer that tokens must name.")
     jwt_audience: str | None = _variable("AFTERHOURS_JWT_AUDIENCE", None, "Audience that tokens must name.")
     tls_cert: pathlib.Path | None = _variable("AFTERHOURS_TLS_CERT", None, "PEM: the server's certificate chain.")
@@ -144,7 +158,9 @@ class Settings(pydantic_settings.BaseSettings):
         _variable("AFTERHOURS_GATES", "", "What a start and an extension need: any of premium,verified,consent.")
     )
     rate_limit: typing.Annotated[
-        typing.Annotated[int, pydantic.Field(ge=1)] | None, pydantic.BeforeValidator(_unless_off)
+        # Redis keeps the times of all that are counted.
+        typing.Annotated[int, pydantic.Field(ge=1, le=100_000)] | None,
+        pydantic.BeforeValidator(_unless_off),
     ] = _variable("AFTERHOURS_RATE_LIMIT", None, "Starts and extends of one user a minute.")
     exact_location_retention: Bounded = _variable(
         "AFTERHOURS_EXACT_LOCATION_RETENTION", "30d", "How long after a session's end its exact location is kept."
@@ -162,8 +178,8 @@ class Settings(pydantic_settings.BaseSettings):
         pydantic_settings.NoDecode,
     ] = _variable("AFTERHOURS_FUZZ_KEY", None, "version:secret,…, newest first; at least 32 characters each.")
     metrics_listen: typing.Annotated[
-        tuple[str, int] | None,
-        pydantic.BeforeValidator(lambda text: _unless_off(text) and _address(text)),
+        address.Address | None,
+        pydantic.BeforeValidator(lambda text: _unless_off(text) and address.parse(text)),
         pydantic_settings.NoDecode,
     ] = _variable("AFTERHOURS_METRICS_LISTEN", None, "host:port of the Prometheus endpoint.")
     reflection: bool = _variable("AFTERHOURS_REFLECTION", True, "Serve reflection: on or off.")
@@ -178,11 +194,6 @@ class Settings(pydantic_settings.BaseSettings):
     fail_point: failpoints.Point | None = _variable(
         "AFTERHOURS_FAIL_POINT", None, "For tests: the point at which the process kills itself."
     )
-
-    @property
-    def on_loopback(self) -> bool:
-        """Whether only this machine reaches the service."""
-        return _loopback(self.listen[0])
 
     def check(self) -> None:
         """Raise SettingsError for what keeps the service from being served with these, all of it at once."""
@@ -200,7 +211,7 @@ class Settings(pydantic_settings.BaseSettings):
 
     def _credentials(self) -> collections.abc.Iterator[str]:
         """Say what is missing for callers to be known, and for nobody else to listen."""
-        if self.auth == "none" and not self.on_loopback:
+        if self.auth == "none" and not self.listen.on_loopback:
             yield "AFTERHOURS_AUTH=none is for a loopback AFTERHOURS_LISTEN only, such as 127.0.0.1:50051"
         if self.auth == "jwt" and bool(self.jwt_secret) == bool(self.jwks_url):
             yield "AFTERHOURS_AUTH=jwt needs either AFTERHOURS_JWT_SECRET or AFTERHOURS_JWKS_URL: set one of the two"
@@ -212,15 +223,6 @@ class Settings(pydantic_settings.BaseSettings):
             yield "TLS needs both AFTERHOURS_TLS_CERT and AFTERHOURS_TLS_KEY: set them to PEM files"
         if self.transport == "native" and self.tls_cert:
             yield "AFTERHOURS_TRANSPORT=native has no TLS: set it to grpcio, or leave AFTERHOURS_TLS_CERT unset"
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def environment(overrides: typing.Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import typing
 
 import structlog
 
-from afterhours_grpc import app, logs, settings
+from afterhours_grpc import address, app, logs, settings
 
 log = structlog.get_logger()
 
@@ -34,7 +34,8 @@ class Supervisor:
         self._config.check()
         host, port = self._config.listen
         with _reserved(host, port) as bound:
-            workers = self._workers(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
+            shared = str(address.Address(host, bound))
+            workers = self._workers(shared)
             stopped = asyncio.create_task(stop.wait())
             try:
                 # What keeps one from starting keeps them all: the first one says it, once.
@@ -46,7 +47,7 @@ class Supervisor:
                         return 0
                     if not starting.result():
                         return int(not stop.is_set())
-                announce(f"{host}:{bound}")
+                announce(shared)
                 async with asyncio.TaskGroup() as group:
                     keeping = [group.create_task(each.keep()) for each in workers]
                     await stopped
@@ -56,8 +57,8 @@ class Supervisor:
                 failed = await asyncio.gather(*(each.end(self._drain) for each in workers))
         return int(any(failed))
 
-    def _workers(self, address: str) -> list["_Worker"]:
-        environment = {**self._flags, "AFTERHOURS_WORKERS": "1", "AFTERHOURS_LISTEN": address}
+    def _workers(self, listen: str) -> list["_Worker"]:
+        environment = {**self._flags, "AFTERHOURS_WORKERS": "1", "AFTERHOURS_LISTEN": listen}
         return [_Worker(number, settings.environment(environment)) for number in range(self._config.workers)]
 
 

@@ -138,6 +138,7 @@ GOOD = {
             ("AFTERHOURS_FUZZ_KEY", f"1:{SECRET}"),
             ("AFTERHOURS_FUZZ_KEY", f"{SECRET}, and long enough, but of no version"),
             ("AFTERHOURS_FUZZ_KEY", ""),
+            ("AFTERHOURS_FUZZ_KEY", f"1:{SECRET}, and long enough,1:{SECRET}, twice the same version"),
         ],
         [
             ("AFTERHOURS_AUTH", "basic"),

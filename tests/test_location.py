@@ -335,6 +335,7 @@ SECRET = "correct-horse-battery-staple-and-more"
         f"1:{SECRET},",
         f"2:{SECRET},1",
         f"2:{SECRET};1:{SECRET},{SECRET}",
+        f"2:{SECRET},1:{SECRET},2:{SECRET}",
     ],
 )
 def test_malformed_keys(text: str) -> None:

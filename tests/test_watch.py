@@ -252,7 +252,7 @@ async def test_a_stream_within_the_leeway(engines: replicas.Engines) -> None:
     async with (
         replicas.replica(engines, **JWT) as (service, _),
         replicas.Client(service.address, keys.token("ada", exp=time.time() - 28)) as client,
-        watching(client) as watch,
+        watches.watching(client) as watch,
     ):
         began = time.monotonic()
         refusal = await replicas.refused(watch.next())

@@ -94,8 +94,8 @@ class FuzzKey:
     def parse(cls, text: str) -> tuple["FuzzKey", ...]:
         """Read `version:secret,version:secret`, at least one, in the order given: newest first.
 
-        A secret may contain colons but no comma; white space around an entry is dropped. A malformed entry
-        raises ValueError, with nothing of the text in it.
+        A secret may contain colons but no comma; white space around an entry is dropped. A malformed entry, or two
+        of one version, raise ValueError, with nothing of the text in it.
         """
         keys = []
         for entry in text.split(","):
@@ -104,6 +104,8 @@ class FuzzKey:
             if not (version.isascii() and version.isdecimal()):
                 raise ValueError("a fuzz key must be written version:secret, the version being a whole number")
             keys.append(cls(int(version), secret))
+        if len({key.version for key in keys}) < len(keys):
+            raise ValueError("no version of a fuzz key may occur twice")
         return tuple(keys)
 
 
