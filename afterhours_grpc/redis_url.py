@@ -2,6 +2,7 @@
 
 import collections.abc
 import re
+import ssl
 import typing
 import urllib.parse
 
@@ -26,6 +27,10 @@ def _seconds(text: str) -> bool:
         return False
 
 
+def _flags(text: str) -> bool:
+    return all(each.strip() in ssl.VerifyFlags.__members__ for each in text.strip("[]").split(","))
+
+
 def _switch(text: str) -> bool:
     return text.upper() in {"1", "T", "TRUE", "Y", "YES", *redis.connection.FALSE_STRINGS}
 
@@ -40,8 +45,8 @@ _TLS_OPTIONS = {
     "ssl_ca_data": _TEXT,
     "ssl_ca_path": _TEXT,
     "ssl_check_hostname": _switch,
-    "ssl_include_verify_flags": _TEXT,
-    "ssl_exclude_verify_flags": _TEXT,
+    "ssl_include_verify_flags": _flags,
+    "ssl_exclude_verify_flags": _flags,
     "ssl_min_version": _number(0, 65535),
     "ssl_ciphers": _TEXT,
 }

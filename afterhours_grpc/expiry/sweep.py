@@ -77,23 +77,23 @@ class Sweep:
         mended = Mended()
         await self._compare(_Range(now, soon), mended)
         after = max(soon, self._reached or soon)
-        turns = _BY_TURN
-        while after < _LAST:
+        by_turn: list[_Range] = []
+        while after < _LAST and time.monotonic() < stop:
             counted = await self._count(after)
             present = await self._timers.count([each.scores for each, _ in counted])
             for (slice_, sessions), members in zip(counted, present, strict=True):
                 if sessions != members:
                     await self._compare(slice_, mended)
-                elif turns and slice_.until > (self._turn or soon):
-                    await self._compare(slice_, mended)
-                    turns -= 1
-                    self._turn = slice_.until if slice_.until < _LAST else None
+                elif len(by_turn) < _BY_TURN and slice_.until > (self._turn or soon):
+                    by_turn.append(slice_)
                 after = slice_.until
                 if time.monotonic() >= stop:
                     break
-            if time.monotonic() >= stop:
-                break
         self._reached = after if after < _LAST else None
+        for slice_ in by_turn:
+            if time.monotonic() < stop:
+                await self._compare(slice_, mended)
+                self._turn = slice_.until if slice_.until < _LAST else None
         return mended
 
     async def _count(self, after: datetime.datetime) -> list[tuple[_Range, int]]:
