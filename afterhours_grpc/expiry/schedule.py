@@ -15,8 +15,9 @@ from afterhours_grpc.store import store
 # Of an interval: how recently another replica must have begun to mend for this one not to, and what mending may take.
 _RECENTLY = 0.9
 _SHARE = 0.25
-# Seconds beyond two intervals in which what is due counts as due soon.
+# Seconds beyond two intervals in which what is due counts as due soon, and in which it does at most.
 _MARGIN = 1.0
+_LATEST = 86400.0
 
 
 class Schedule:
@@ -80,7 +81,7 @@ class Schedule:
             return mended
         await self._redis.set(jobs.MENDED, jobs.score(now))
         at = datetime.datetime.fromtimestamp(now, datetime.UTC)
-        soon = at + datetime.timedelta(seconds=2 * interval + _MARGIN)
+        soon = at + datetime.timedelta(seconds=min(2 * interval + _MARGIN, _LATEST))
         for each in self._sweeps:
             of_kind = await each.run_once(at, soon, _SHARE * interval)
             mended.armed += of_kind.armed

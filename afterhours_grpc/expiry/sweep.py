@@ -39,6 +39,19 @@ class Mended:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Run:
+    """One run: the database's time at its beginning, when it is to stop by time.monotonic(), and what it did."""
+
+    now: datetime.datetime
+    stop: float
+    mended: Mended
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self.stop
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Range:
     """Due times after `after` up to `until`."""
 
@@ -73,28 +86,27 @@ class Sweep:
 
         What is due by `now` is left to whoever has claimed it.
         """
-        stop = time.monotonic() + seconds
-        mended = Mended()
-        await self._compare(_Range(now, soon), mended)
+        run = _Run(now, time.monotonic() + seconds, Mended())
+        await self._compare(run, _Range(now, soon))
         after = max(soon, self._reached or soon)
         by_turn: list[_Range] = []
-        while after < _LAST and time.monotonic() < stop:
+        while after < _LAST and not run.over:
             counted = await self._count(after)
             present = await self._timers.count([each.scores for each, _ in counted])
             for (slice_, sessions), members in zip(counted, present, strict=True):
                 if sessions != members:
-                    await self._compare(slice_, mended)
+                    await self._compare(run, slice_)
                 elif len(by_turn) < _BY_TURN and slice_.until > (self._turn or soon):
                     by_turn.append(slice_)
                 after = slice_.until
-                if time.monotonic() >= stop:
+                if run.over:
                     break
         self._reached = after if after < _LAST else None
         for slice_ in by_turn:
-            if time.monotonic() < stop:
-                await self._compare(slice_, mended)
+            if not run.over:
+                await self._compare(run, slice_)
                 self._turn = slice_.until if slice_.until < _LAST else None
-        return mended
+        return run.mended
 
     async def _count(self, after: datetime.datetime) -> list[tuple[_Range, int]]:
         """Count sessions in slices. The last slice of all has no session: what is in Redis beyond them is no timer."""
@@ -108,30 +120,31 @@ class Sweep:
             counted.append((_Range(after, _LAST), 0))
         return counted
 
-    async def _compare(self, range_: _Range, mended: Mended) -> None:
+    async def _compare(self, run: _Run, range_: _Range) -> None:
         """Set every timer of a range to where it belongs, and drop whatever else is there."""
         expected: set[uuid.UUID] = set()
         after, last = range_.after, _LAST_ID
         while True:
             due = await self._due(after, last, range_.until, _SLICE)
-            mended.armed += await self._timers.arm(due)
+            run.mended.armed += await self._timers.arm(due)
             expected.update(session_id for session_id, _ in due)
             if len(due) < _SLICE:
                 break
             last, after = due[-1]
         [members] = await self._timers.count([range_.scores])
         if members > len(expected):
-            await self._drop(range_, expected, mended)
+            await self._drop(run, range_, expected)
 
-    async def _drop(self, range_: _Range, expected: set[uuid.UUID], mended: Mended) -> None:
+    async def _drop(self, run: _Run, range_: _Range, expected: collections.abc.Set[uuid.UUID]) -> None:
         offset = 0
-        while members := await self._timers.members(*range_.scores, offset, _SLICE):
+        # There may be any number of them, if somebody else wrote them; the next run goes on.
+        while not run.over and (members := await self._timers.members(*range_.scores, offset, _SLICE)):
             others = {member: session_id for member, session_id in members.items() if session_id not in expected}
             # Read after the timers: a session is committed before its timer is set.
             still = await self._still([session_id for session_id in others.values() if session_id])
             stale = [member for member, session_id in others.items() if session_id not in still]
             await self._timers.drop(stale)
-            # What was due before has been claimed, and its score is the end of a lease.
-            await self._timers.arm([(session_id, due) for session_id, due in still.items() if due > range_.after])
-            mended.dropped += len(stale)
+            # One that is due already has been claimed, and its score is the end of a lease.
+            await self._timers.arm([(session_id, due) for session_id, due in still.items() if due > run.now])
+            run.mended.dropped += len(stale)
             offset += len(members) - len(stale)

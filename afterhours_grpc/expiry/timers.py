@@ -26,6 +26,8 @@ Handle = collections.abc.Callable[
 # Sessions closed by one statement.
 _BATCH = 500
 _CONNECTIONS = 4
+# Seconds for which the end of a scheduler's thread is waited for; a look takes less, however slow Redis is.
+_ENDING = 3.0
 
 
 class Timers:
@@ -59,10 +61,11 @@ class Timers:
         self._scheduler.start()
 
     async def stop(self) -> None:
-        """Claim nothing more, and wait for the end of the scheduler's thread; idempotent."""
+        """Claim nothing more, and wait for the end of the scheduler's thread for 3 s at most; idempotent."""
         self._jobs.stopping = True
         if self._scheduler.running:
-            await asyncio.wrap_future(threads.run(lambda: self._scheduler.shutdown(wait=False)))
+            ending = threads.run(lambda: self._scheduler.shutdown(wait=False))
+            await asyncio.wait([asyncio.wrap_future(ending)], timeout=_ENDING)
 
     async def close(self) -> None:
         """Close the connections; idempotent."""
