@@ -7,10 +7,10 @@ import hashlib
 import time
 import typing
 
-import limits.aio
+import redis.exceptions
 import structlog
 
-from afterhours_grpc import metrics
+from afterhours_grpc import metrics, redis_client
 from afterhours_grpc.sessions import errors, session
 
 log = structlog.get_logger()
@@ -19,6 +19,7 @@ log = structlog.get_logger()
 # machine, is not Redis' time.
 _TURN = 0.05
 _TURNS = 5
+_CONNECTIONS = 4
 # Seconds for which calls pass uncounted once Redis did not answer.
 _PAUSE = 1.0
 # Seconds within which calls are counted.
@@ -49,24 +50,13 @@ class Throttle:
     """
 
     def __init__(self, redis_url: str, rate: int) -> None:
-        self._storage = limits.aio.storage.RedisStorage(redis_url, implementation="redispy")
-        of_client = self._storage.base_exceptions
-        self._failures: tuple[type[BaseException], ...] = (
-            *(of_client if isinstance(of_client, tuple) else (of_client,)),
-            OSError,
-            TimeoutError,
-        )
+        self._redis = redis_client.Server(redis_url).client(connections=_CONNECTIONS, timeout=_TURN * _TURNS)
         self._rate = rate
         self._away_until = 0.0
 
     async def close(self) -> None:
         """Close the connections; idempotent."""
-        await self._client.aclose()
-
-    @property
-    def _client(self) -> typing.Any:
-        bridge: typing.Any = self._storage.bridge
-        return bridge.get_connection()
+        await self._redis.aclose()
 
     async def admit(self, user_ids: collections.abc.Sequence[session.UserId]) -> list[errors.RateLimited | None]:
         """Count a call of each of these users, which are distinct, or return what it is refused with."""
@@ -76,7 +66,7 @@ class Throttle:
             try:
                 replies = await _in_time(self._counted(user_ids))
                 skipped = sum(isinstance(reply, Exception) for reply in replies)
-            except self._failures as error:
+            except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
                 self._away_until = time.monotonic() + _PAUSE
                 log.warning("rate_limit_skipped", error=type(error).__name__, for_seconds=_PAUSE)
         metrics.RATE_LIMIT_SKIPPED.inc(skipped)
@@ -84,7 +74,7 @@ class Throttle:
 
     async def _counted(self, user_ids: collections.abc.Sequence[session.UserId]) -> list[typing.Any]:
         """Return the reply for each user; an exception if its key holds something else, and raise it if all do."""
-        async with self._client.pipeline(transaction=False) as pipeline:
+        async with self._redis.pipeline(transaction=False) as pipeline:
             for number, user_id in enumerate(user_ids):
                 # A digest, so that Redis does not hold who the users are.
                 user = hashlib.blake2b(user_id.encode(), digest_size=16).hexdigest()

@@ -8,7 +8,6 @@ import functools
 import http
 import json
 import pathlib
-import threading
 import time
 import typing
 import urllib.parse
@@ -16,6 +15,8 @@ import urllib.request
 
 import jwt
 import structlog
+
+from afterhours_grpc import threads
 
 log = structlog.get_logger()
 
@@ -72,7 +73,7 @@ class KeySet:
         """Fetch the keys. Raise KeySetError, after 5 s at the latest."""
         # One at a time, for a thread that waits for an endpoint cannot be stopped.
         if self._fetching is None or self._fetching.done():
-            self._fetching = _in_thread(functools.partial(_fetch, self._url))
+            self._fetching = threads.run(functools.partial(_fetch, self._url))
         try:
             async with asyncio.timeout(_FETCH_TIMEOUT):
                 usable = _usable(await asyncio.wrap_future(self._fetching))
@@ -150,18 +151,3 @@ def _get(url: str) -> bytes:
             if len(found) > _LARGEST:
                 raise ValueError("a JWKS has at most 1 MiB")
     return bytes(found)
-
-
-def _in_thread(call: collections.abc.Callable[[], typing.Any]) -> "concurrent.futures.Future[typing.Any]":
-    """Run a call in a daemon thread of its own, for which neither the event loop's executor nor an exit waits."""
-    future: concurrent.futures.Future[typing.Any] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="key set", daemon=True).start()
-    return future
