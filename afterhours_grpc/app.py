@@ -5,23 +5,20 @@ import collections.abc
 import contextlib
 import time
 
-import asyncpg
 import prometheus_client
 import structlog
-import tenacity
 
 from afterhours_grpc import background, credentials, metrics, settings, throttle
 from afterhours_grpc.events import feed
 from afterhours_grpc.expiry import clock, reconciler, schedule
 from afterhours_grpc.rpc import auth, certificates, cursors, rendering, server, wire
 from afterhours_grpc.sessions import errors, listing, location, service
-from afterhours_grpc.store import database, outbox, privacy, schema, store
+from afterhours_grpc.store import connections, database, outbox, privacy, schema, store
 from afterhours_grpc.store import lists as store_lists
 
 log = structlog.get_logger()
 
-# Seconds for which Postgres may be unreachable at the start, and later before health says NOT_SERVING.
-_PATIENCE_AT_START = 10
+# Seconds for which Postgres may be unreachable before health says NOT_SERVING.
 _PATIENCE = 5.0
 # Seconds between two looks at Postgres and at the scheduler, and that a look may take.
 _LOOK = 1.0
@@ -189,23 +186,15 @@ def _use_cases(
 
 async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
     """Wait for Postgres, check its schema, and close what is overdue. Raise StartError."""
-    away = (OSError, TimeoutError, asyncpg.CannotConnectNowError, errors.StoreUnavailable)
+
+    async def begin() -> None:
+        await schema.check(url)
+        await sweeper.close_overdue()
+
     try:
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(away),
-            wait=tenacity.wait_fixed(0.2),
-            stop=tenacity.stop_after_delay(_PATIENCE_AT_START),
-            reraise=True,
-        ):
-            with attempt:
-                await schema.check(url)
-                await sweeper.close_overdue()
-    except schema.SchemaError as error:
+        await database.patiently(begin)
+    except (schema.SchemaError, connections.CannotConnect) as error:
         raise StartError(str(error)) from error
-    except (*away, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        raise StartError(
-            f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs"
-        ) from error
 
 
 async def _known(

@@ -3,12 +3,28 @@
 import asyncio
 import collections.abc
 import contextlib
+import time
 import typing
 import urllib.parse
 
 _CHUNK = 65536
 # What no engine of ours says: neither RESP nor Postgres' protocol.
 _GARBAGE = b"\x00what is this?\r\n"
+
+
+class _Memory:
+    """What a NAT gateway knows of a connection: when it was used last."""
+
+    def __init__(self) -> None:
+        self._used = time.monotonic()
+        self._forgotten = False
+
+    def holds(self, seconds: float | None) -> bool:
+        """Use the connection; whether it had not been forgotten."""
+        now = time.monotonic()
+        self._forgotten |= seconds is not None and now - self._used > seconds
+        self._used = now
+        return not self._forgotten
 
 
 class Proxy:
@@ -27,6 +43,8 @@ class Proxy:
         self.delay_replies = 0.0
         # Every reply is something else.
         self.garble_replies = False
+        # Seconds after which an idle connection is forgotten, as a NAT gateway does: what is sent on it vanishes.
+        self.forget_after: float | None = None
         self._budget: int | None = None
         self.cuts = 0
 
@@ -35,6 +53,10 @@ class Proxy:
         """The engine's URL, by way of the proxy."""
         account = self._target.netloc.rpartition("@")[0]
         return self._target._replace(netloc=f"{account}@127.0.0.1:{self._port}").geturl()
+
+    def lead_to(self, target: str) -> None:
+        """Connect new connections to another engine, as a name whose address changes does; old ones stay."""
+        self._target = urllib.parse.urlsplit(target)
 
     def swallow(self, does: bool = True) -> None:
         """Fall silent in both directions, or speak again; what was swallowed is lost."""
@@ -79,9 +101,10 @@ class Proxy:
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             engine, to_engine = await asyncio.open_connection(self._target.hostname, self._target.port)
+            memory = _Memory()
             pumps = [
-                asyncio.create_task(self._pump(reader, to_engine, self._request)),
-                asyncio.create_task(self._pump(engine, writer, self._reply)),
+                asyncio.create_task(self._pump(reader, to_engine, self._request, memory)),
+                asyncio.create_task(self._pump(engine, writer, self._reply, memory)),
             ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -96,10 +119,12 @@ class Proxy:
         source: asyncio.StreamReader,
         sink: asyncio.StreamWriter,
         change: collections.abc.Callable[[bytes], collections.abc.Awaitable[bytes]],
+        memory: "_Memory",
     ) -> None:
         while chunk := await source.read(_CHUNK):
-            sink.write(await change(chunk))
-            await sink.drain()
+            if memory.holds(self.forget_after):
+                sink.write(await change(chunk))
+                await sink.drain()
 
     async def _request(self, chunk: bytes) -> bytes:
         await asyncio.sleep(self.delay_requests)

@@ -19,6 +19,8 @@ Rendered = typing.TypeVar("Rendered")
 # placed and read together.
 _POLL = 0.2
 _PACE = 0.02
+# Seconds that opening a watch may take.
+_JOIN_TIMEOUT = 4.5
 HEARTBEAT = 15.0
 """Seconds between two heartbeats."""
 
@@ -176,14 +178,21 @@ class Feed(typing.Generic[Rendered]):
             self._remove(watcher)
 
     async def _join(self, watcher: _Watcher[Rendered]) -> int:
-        """Have a watcher told what comes from here on, and give what is the last position now."""
+        """Deliver to a watcher what comes from here on; return the last position as of now.
+
+        Raise StoreUnavailable after 4.5 s: those who came before may wait for a silent Postgres as well.
+        """
         joined: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._joiners.append((watcher, joined))
         if len(self._joiners) == 1:
             admitting = asyncio.create_task(self._admit())
             self._admitting.add(admitting)
             admitting.add_done_callback(self._admitting.discard)
-        return await joined
+        try:
+            async with asyncio.timeout(_JOIN_TIMEOUT):
+                return await joined
+        except TimeoutError as error:
+            raise errors.StoreUnavailable from error
 
     async def _admit(self) -> None:
         """Let in all who came meanwhile, by one look at where the events are."""
