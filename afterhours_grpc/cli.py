@@ -84,7 +84,9 @@ def dev(
             logs.configure(config.log_format)
             typer.echo(f"data      {directory}\nPostgres  {truth.url}\nRedis     {timers.url}")
             failed = asyncio.run(_dev(config, flags, truth.url))
-    except (process.EngineError, settings.SettingsError, service_app.StartError, schema.SchemaError) as error:
+    except (process.EngineError, settings.SettingsError, service_app.StartError) as error:
+        refuse(error)
+    except (schema.SchemaError, connections.CannotConnect) as error:
         refuse(error)
     except OSError as error:
         refuse(f"{directory} cannot be used ({error.strerror}): choose another by --data-dir")

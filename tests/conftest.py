@@ -55,8 +55,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> collections.abc.It
 
 # They are about time, or load: what runs beside them would be told in their results.
 _ALONE = {
-    *("test_callers", "test_chaos", "test_expiry", "test_garbage", "test_health", "test_postgres_faults"),
-    *("test_process_faults", "test_redis_faults", "test_restart", "test_timer_faults", "test_workers"),
+    *("test_callers", "test_chaos", "test_expiry", "test_failover", "test_garbage", "test_health"),
+    *("test_postgres_faults", "test_process_faults", "test_redis_faults", "test_restart", "test_timer_faults"),
+    "test_workers",
 }
 
 

@@ -46,6 +46,7 @@ _SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
     "shared_buffers": "32MB",
+    "min_wal_size": "32MB",
     "max_connections": "60",
     # A standby whose primary fell silent, and one that looks for its primary, notices soon.
     "wal_receiver_timeout": "1s",
@@ -192,9 +193,14 @@ class Pair:
         await self.rejoin()
 
     async def database(self) -> str:
-        """Create a database of its own for a test, with the schema of the service; return its name."""
+        """Create a database of its own for a test, with the schema of the service, on both; return its name."""
         name = f"test_{next(self._numbers)}"
         await self.primary.sql(f"CREATE DATABASE {name} TEMPLATE {_NAME}")
+
+        async def applied() -> bool:
+            return bool(await self.standby.sql("SELECT FROM pg_database WHERE datname = $1", name))
+
+        await replicas.eventually(applied, within=10)
         return name
 
     async def promote(self) -> None:
@@ -220,14 +226,17 @@ class Pair:
         return not self.synchronous or [row["sync_state"] for row in rows] == ["sync"]
 
     async def restore(self) -> None:
-        """Make a primary and its synchronous standby of whatever a test has left."""
+        """Make a primary and its synchronous standby of whatever a test has left, without its databases."""
         for each in self.servers:
             each.thaw()
         if not self.primary.running:
             await self.primary.start()
         await self.primary.read_only(False)
-        if not (self.synchronous and self.standby.running and await self.in_step()):
-            await self.rejoin()
+        whole = self.synchronous and self.standby.running and await self.in_step()
+        await self.replicate(synchronous=False)
+        for row in await self.primary.sql("SELECT datname FROM pg_database WHERE datname LIKE 'test%'"):
+            await self.primary.sql(f"DROP DATABASE {row['datname']} WITH (FORCE)")
+        await (self.replicate(synchronous=True) if whole else self.rejoin())
 
     def close(self) -> None:
         """Kill both, and remove their data."""

@@ -47,6 +47,8 @@ class Proxy:
         self.forget_after: float | None = None
         self._budget: int | None = None
         self.cuts = 0
+        # Connections so far.
+        self.accepted = 0
 
     @property
     def url(self) -> str:
@@ -91,6 +93,7 @@ class Proxy:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         # A task of our own: streams would log the cancellation of theirs.
         connection = asyncio.create_task(self._pass_on(reader, writer))
         self._connections.add(connection)
