@@ -4,8 +4,11 @@ import asyncio
 import collections.abc
 import contextlib
 import dataclasses
+import pathlib
 import time
+import urllib.parse
 
+import keys
 import onlooker
 import pair
 import proxy
@@ -13,6 +16,7 @@ import pytest
 import replicas
 
 from afterhours_grpc.embedded import redis
+from afterhours_grpc.store import connections
 
 pytestmark = [pair.needed, pytest.mark.store]
 
@@ -238,6 +242,52 @@ async def test_a_start_waits_for_a_promotion(stage: Stage) -> None:
             await client.close()
         finally:
             await process.stop()
+
+
+async def test_one_server_by_every_kind_of_url(stage: Stage, tmp_path: pathlib.Path) -> None:
+    """Hosts may be sockets, before the path and in parameters; `sslmode` and `sslrootcert` hold for each host."""
+    primary, authority = stage.servers.primary, keys.Authority(tmp_path)
+    await primary.encrypt(*authority.server())
+    account, _, port = primary.url().removeprefix("postgresql://").partition("@")[0], *primary.location.split(":")
+    directory = urllib.parse.quote(pair.SOCKETS, safe="")
+    both = stage.servers.url(stage.name, sslmode="verify-full", sslrootcert=str(authority.file))
+    urls = {
+        f"postgresql://{account}@{directory}:{port},127.0.0.1:1/{stage.name}": (False, None),
+        f"postgresql://{account}@/{stage.name}?host=127.0.0.1,{directory}&port=1,{port}": (False, None),
+        f"postgresql://{account}@localhost:{port}/{stage.name}?sslmode=require": (True, "127.0.0.1"),
+        both: (True, "127.0.0.1"),
+    }
+    for url, expected in urls.items():
+        async with replicas.replica(stage.engines(url)) as (_, client):
+            await client.put_profile("ada")
+            rows = await primary.sql(_BACKENDS, stage.name)
+        assert {(row["ssl"], row["address"]) for row in rows} == {expected}, url
+    unknown = both.replace(authority.file.name, keys.Authority(tmp_path, "unknown").file.name)
+    with pytest.raises(connections.CannotConnect, match="SSLCertVerificationError"):
+        await connections.connect(unknown)
+    await primary.set("ssl", "off")
+
+
+_BACKENDS = """
+SELECT ssl, host(client_addr) AS address FROM pg_stat_activity JOIN pg_stat_ssl USING (pid)
+WHERE application_name = 'afterhours' AND datname = $1
+"""
+
+
+async def test_a_standby_that_falls_silent(stage: Stage) -> None:
+    """While commits wait for a silent standby, calls that read are OK, and one that writes can be sent again."""
+    async with replicas.replica(stage.engines()) as (_, client):
+        await client.put_profile("ada")
+        stage.servers.standby.freeze()
+        request_id = replicas.request_id()
+        starting = asyncio.create_task(replicas.refused(client.start("ada", request_id=request_id)))
+        while not starting.done():
+            await client.get("bob")
+            await asyncio.wait({starting}, timeout=0.1)
+        assert (await starting).reason == "STORE_UNAVAILABLE"
+        assert await client.health() == "SERVING"
+        stage.servers.standby.thaw()
+        assert (await client.start("ada", request_id=request_id)).id == (await client.get("ada")).session.id
 
 
 async def gives_up(engines: replicas.Engines, command: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import urllib.parse
 
-_LOCATION = re.compile(r"(?P<name>/.*|\[[^\]]+\]|[^:\[\]]*)(:(?P<port>\d*))?")
+_LOCATION = re.compile(r"(?P<name>/.+?|\[[^\]]+\]|[^:\[\]]*)(:(?P<port>\d*))?")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ def read(url: str) -> list[Host]:
     if given := parameters.get("host"):
         hosts = [_host(each) for each in given.split(",")]
     else:
-        location = parts.netloc.rpartition("@")[2]
-        hosts = [_host(urllib.parse.unquote(each)) for each in location.split(",")]
+        account, at, location = parts.netloc.partition("@")
+        hosts = [_host(urllib.parse.unquote(each)) for each in (location if at else account).split(",")]
     if given := parameters.get("port"):
         ports = given.split(",")
         hosts = [
