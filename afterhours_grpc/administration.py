@@ -6,7 +6,6 @@ import dataclasses
 import time
 import typing
 
-import asyncpg
 import tenacity
 import typer
 
@@ -15,7 +14,7 @@ from afterhours_grpc.expiry import clock, schedule
 from afterhours_grpc.flags import refuse, with_settings
 from afterhours_grpc.rpc import tokens
 from afterhours_grpc.sessions import errors, session
-from afterhours_grpc.store import database, privacy, schema, store
+from afterhours_grpc.store import connections, database, privacy, schema, store
 
 app = typer.Typer()
 
@@ -121,12 +120,9 @@ def _run(flags: dict[str, str], do: collections.abc.Callable[[_Opened], collecti
         if not config.database_url:
             refuse("DATABASE_URL is not set: set it to postgresql://…")
         return asyncio.run(run(config, config.database_url))
-    except (settings.SettingsError, schema.SchemaError) as error:
+    except (settings.SettingsError, schema.SchemaError, connections.CannotConnect) as error:
         refuse(error)
-    except (
-        *(errors.StoreUnavailable, OSError, TimeoutError, ValueError),
-        *(database.StatementFailed, asyncpg.PostgresError, asyncpg.InterfaceError),
-    ) as error:
-        refuse(f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs")
+    except (errors.StoreUnavailable, database.StatementFailed) as error:
+        refuse(connections.cannot_connect(error.__cause__ or error))
     except database.Retry:
         refuse(f"another one held the user's rows for {_PATIENCE:.0f} s: run it again")

@@ -4,23 +4,19 @@ import asyncio
 import collections.abc
 import contextlib
 
-import asyncpg
 import prometheus_client
 import structlog
-import tenacity
 
 from afterhours_grpc import address, background, credentials, health_monitor, metrics, settings, throttle
 from afterhours_grpc.events import feed
 from afterhours_grpc.expiry import clock, reconciler, schedule
 from afterhours_grpc.rpc import auth, certificates, cursors, rendering, server, wire
-from afterhours_grpc.sessions import errors, listing, location, service
-from afterhours_grpc.store import database, outbox, privacy, schema, store
+from afterhours_grpc.sessions import listing, location, service
+from afterhours_grpc.store import connections, database, outbox, privacy, schema, store
 from afterhours_grpc.store import lists as store_lists
 
 log = structlog.get_logger()
 
-# Seconds for which Postgres may be unreachable at the start.
-_PATIENCE_AT_START = 10
 # Seconds for which new calls are told that the server is shutting down, before its port closes.
 _FAREWELL = 0.5
 # Of the longest time from SIGTERM to exit, the share in which calls in flight may end.
@@ -159,23 +155,17 @@ def _use_cases(
 
 async def _ready(url: str, sweeper: reconciler.Reconciler) -> None:
     """Wait for Postgres, check its schema, and close what is overdue. Raise StartError."""
-    away = (OSError, TimeoutError, asyncpg.CannotConnectNowError, errors.StoreUnavailable)
+
+    async def begin() -> None:
+        await schema.check(url)
+        await sweeper.close_overdue()
+
     try:
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(away),
-            wait=tenacity.wait_fixed(0.2),
-            stop=tenacity.stop_after_delay(_PATIENCE_AT_START),
-            reraise=True,
-        ):
-            with attempt:
-                await schema.check(url)
-                await sweeper.close_overdue()
-    except schema.SchemaError as error:
+        await database.patiently(begin)
+    except (schema.SchemaError, connections.CannotConnect) as error:
         raise StartError(str(error)) from error
-    except (*away, database.StatementFailed, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        raise StartError(
-            f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs"
-        ) from error
+    except database.StatementFailed as error:
+        raise StartError(str(connections.cannot_connect(error.__cause__ or error))) from error
 
 
 async def _known(

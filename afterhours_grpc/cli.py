@@ -12,7 +12,6 @@ import shutil
 import sys
 import typing
 
-import asyncpg
 import typer
 
 from afterhours_grpc import administration, calls, logs, metrics, output, serving, settings
@@ -21,7 +20,7 @@ from afterhours_grpc import doctor as examination
 from afterhours_grpc.embedded import postgres, process, redis
 from afterhours_grpc.flags import refuse, with_settings
 from afterhours_grpc.sessions import session
-from afterhours_grpc.store import database, schema, store
+from afterhours_grpc.store import connections, database, schema, store
 
 app = typer.Typer(
     help="Afterhours: sessions that end by themselves, on time.",
@@ -55,11 +54,9 @@ def migrate(flags: dict[str, str]) -> None:
         url = settings.load(flags).database_url
         if not url:
             refuse("DATABASE_URL is not set: set it to postgresql://…")
-        version = asyncio.run(schema.migrate(url))
-    except (settings.SettingsError, schema.SchemaError) as error:
+        version = asyncio.run(database.patiently(lambda: schema.migrate(url)))
+    except (settings.SettingsError, schema.SchemaError, connections.CannotConnect) as error:
         refuse(error)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        refuse(f"Postgres at DATABASE_URL cannot be used ({type(error).__name__}): check the URL, and that it runs")
     typer.echo(f"the schema is at version {version}")
 
 
@@ -86,7 +83,9 @@ def dev(
             console = _console(config)
             console.print(f"data      {directory}\nPostgres  {truth.url}\nRedis     {timers.url}")
             failed = asyncio.run(_dev(config, flags, console, truth.url))
-    except (process.EngineError, settings.SettingsError, service_app.StartError, schema.SchemaError) as error:
+    except (process.EngineError, settings.SettingsError, service_app.StartError) as error:
+        refuse(error)
+    except (schema.SchemaError, connections.CannotConnect) as error:
         refuse(error)
     except OSError as error:
         refuse(f"{directory} cannot be used ({error.strerror}): choose another by --data-dir")

@@ -16,7 +16,7 @@ import redis.exceptions
 from afterhours_grpc import redis_client, settings
 from afterhours_grpc.expiry import jobs
 from afterhours_grpc.sessions import errors, session
-from afterhours_grpc.store import database, schema, store
+from afterhours_grpc.store import connections, database, schema, store
 
 # Sessions, and timers, looked at: the soonest due.
 _SAMPLE = 1000
@@ -83,29 +83,34 @@ def _settings(config: settings.Settings) -> Finding:
     return Finding("settings", Level.OK, "the service can be served with them")
 
 
-def _unconnected(error: Exception) -> Finding:
-    if isinstance(error, asyncpg.ProtocolViolationError):
+def _unusable(error: connections.CannotConnect) -> Finding:
+    if isinstance(error.__cause__, asyncpg.ProtocolViolationError):
         return Finding(
             "database",
             Level.WRONG,
             "a pooler such as PgBouncer refuses the service's session settings",
             "connect to Postgres directly: PgBouncer in transaction mode is not supported",
         )
-    told = f"DATABASE_URL cannot be used ({type(error).__name__})"
-    return Finding("database", Level.WRONG, told, "check that Postgres runs, and the URL")
+    told, _, advice = str(error).partition(": ")
+    return Finding("database", Level.WRONG, told, advice)
 
 
 async def _postgres(url: str) -> Findings:
     try:
-        connection = await database.connect(url)
-    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        yield _unconnected(error)
+        connection = await connections.connect(url)
+    except connections.CannotConnect as error:
+        yield _unusable(error)
         return
     try:
-        yield await _server(connection)
+        with connections.explained():
+            server = await _server(connection)
+        found = await schema.version(connection)
+    except connections.CannotConnect as error:
+        yield _unusable(error)
+        return
     finally:
         connection.terminate()
-    found = await schema.current(url)
+    yield server
     if found < schema.newest():
         told = f"at version {found}, and this release needs {schema.newest()}"
         yield Finding("schema", Level.WRONG, told, "run `afterhours-grpc migrate`")

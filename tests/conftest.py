@@ -58,6 +58,7 @@ _ALONE = {
     "test_callers",
     "test_chaos",
     "test_expiry",
+    "test_failover",
     "test_garbage",
     "test_health",
     "test_health_monitor",

@@ -21,9 +21,11 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import itertools
+import os
 import pathlib
 import shutil
 import signal
+import tempfile
 import typing
 import urllib.parse
 
@@ -37,6 +39,8 @@ from afterhours_grpc.store import schema
 
 BIN = pathlib.Path("/usr/lib/postgresql/15/bin")
 
+SOCKETS = tempfile.gettempdir()
+
 needed = pytest.mark.skipif(
     not all((BIN / program).exists() for program in ("postgres", "initdb", "pg_basebackup")),
     reason=f"needs Debian's PostgreSQL 15 in {BIN}",
@@ -46,6 +50,9 @@ _SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
     "shared_buffers": "32MB",
+    "min_wal_size": "32MB",
+    # Besides, for URLs that name a socket's directory; the file's name has the port.
+    "unix_socket_directories": SOCKETS,
     "max_connections": "60",
     # A standby whose primary fell silent, and one that looks for its primary, notices soon.
     "wal_receiver_timeout": "1s",
@@ -115,6 +122,15 @@ class Server:
         """Refuse writes with SQLSTATE 25006 on connections old and new, or accept them again."""
         await self.set("default_transaction_read_only", "on" if does else "off")
 
+    async def encrypt(self, certificate: pathlib.Path, key: pathlib.Path) -> None:
+        """Accept TLS on new connections, with this certificate."""
+        for source, name in ((certificate, "server.crt"), (key, "server.key")):
+            target = self._directory / "data" / name
+            process.write_private(target, source.read_text())
+            if owner := process.account():
+                os.chown(target, *owner)
+        await self.set("ssl", "on")
+
     async def sql(self, query: str, *arguments: object, database: str = _MAINTENANCE) -> list[asyncpg.Record]:
         """Run a statement as superuser on a connection of its own."""
         connection = await asyncpg.connect(self.url(database), timeout=10)
@@ -128,7 +144,7 @@ class Server:
         """Create its data with the schema of the service, let standbys connect, and start."""
         await self.start()
         with (self._directory / "data" / "pg_hba.conf").open("a") as file:
-            file.write("host replication all 127.0.0.1/32 scram-sha-256\n")
+            file.write("host replication all 127.0.0.1/32 scram-sha-256\nlocal all all scram-sha-256\n")
         await self.sql("SELECT pg_reload_conf()")
         await schema.migrate(self.url())
 
@@ -192,9 +208,14 @@ class Pair:
         await self.rejoin()
 
     async def database(self) -> str:
-        """Create a database of its own for a test, with the schema of the service; return its name."""
+        """Create a database of its own for a test, with the schema of the service, on both; return its name."""
         name = f"test_{next(self._numbers)}"
         await self.primary.sql(f"CREATE DATABASE {name} TEMPLATE {_NAME}")
+
+        async def applied() -> bool:
+            return bool(await self.standby.sql("SELECT FROM pg_database WHERE datname = $1", name))
+
+        await replicas.eventually(applied, within=10)
         return name
 
     async def promote(self) -> None:
@@ -220,14 +241,17 @@ class Pair:
         return not self.synchronous or [row["sync_state"] for row in rows] == ["sync"]
 
     async def restore(self) -> None:
-        """Make a primary and its synchronous standby of whatever a test has left."""
+        """Make a primary and its synchronous standby of whatever a test has left, without its databases."""
         for each in self.servers:
             each.thaw()
         if not self.primary.running:
             await self.primary.start()
         await self.primary.read_only(False)
-        if not (self.synchronous and self.standby.running and await self.in_step()):
-            await self.rejoin()
+        whole = self.synchronous and self.standby.running and await self.in_step()
+        await self.replicate(synchronous=False)
+        for row in await self.primary.sql("SELECT datname FROM pg_database WHERE datname LIKE 'test%'"):
+            await self.primary.sql(f"DROP DATABASE {row['datname']} WITH (FORCE)")
+        await (self.replicate(synchronous=True) if whole else self.rejoin())
 
     def close(self) -> None:
         """Kill both, and remove their data."""

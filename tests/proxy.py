@@ -3,12 +3,32 @@
 import asyncio
 import collections.abc
 import contextlib
+import time
 import typing
 import urllib.parse
 
 _CHUNK = 65536
 # What no engine of ours says: neither RESP nor Postgres' protocol.
 _GARBAGE = b"\x00what is this?\r\n"
+
+
+class _Memory:
+    """What a NAT gateway knows of a connection: when it was used last."""
+
+    def __init__(self) -> None:
+        self._used = time.monotonic()
+        self._forgotten = False
+
+    def forget(self) -> None:
+        """Lose what is sent from now on."""
+        self._forgotten = True
+
+    def holds(self, seconds: float | None) -> bool:
+        """Use the connection; return whether it had not been forgotten."""
+        now = time.monotonic()
+        self._forgotten |= seconds is not None and now - self._used > seconds
+        self._used = now
+        return not self._forgotten
 
 
 class Proxy:
@@ -29,11 +49,13 @@ class Proxy:
         self.request_rate = 0
         # Every reply is something else.
         self.garble_replies = False
+        # Seconds after which an idle connection is forgotten, as a NAT gateway does: what is sent on it vanishes.
+        self.forget_after: float | None = None
         self._budget: int | None = None
         self.cuts = 0
-        # How many connections were made, and how many of these, the first ones, are stranded.
-        self.connected = 0
-        self._stranded = 0
+        # Connections so far, and what the network knows of each.
+        self.accepted = 0
+        self._memories: list[_Memory] = []
 
     @property
     def url(self) -> str:
@@ -48,7 +70,8 @@ class Proxy:
 
     def strand(self) -> None:
         """Lose what is sent on the connections that there are, as if the engine had vanished; new ones are served."""
-        self._stranded = self.connected
+        for memory in self._memories:
+            memory.forget()
 
     def lead_to(self, target: str) -> None:
         """Pass new connections on to another engine, as a name does that now stands for it; old ones stay."""
@@ -87,6 +110,7 @@ class Proxy:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         # A task of our own: streams would log the cancellation of theirs.
         connection = asyncio.create_task(self._pass_on(reader, writer))
         self._connections.add(connection)
@@ -95,13 +119,13 @@ class Proxy:
         connection.add_done_callback(lambda _: writer.transport.abort())
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connected += 1
-        number = self.connected
         with contextlib.suppress(OSError):
             engine, to_engine = await asyncio.open_connection(self._target.hostname, self._target.port)
+            memory = _Memory()
+            self._memories.append(memory)
             pumps = [
-                asyncio.create_task(self._pump(number, reader, to_engine, self._request)),
-                asyncio.create_task(self._pump(number, engine, writer, self._reply)),
+                asyncio.create_task(self._pump(reader, to_engine, self._request, memory)),
+                asyncio.create_task(self._pump(engine, writer, self._reply, memory)),
             ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -113,15 +137,14 @@ class Proxy:
 
     async def _pump(
         self,
-        number: int,
         source: asyncio.StreamReader,
         sink: asyncio.StreamWriter,
         change: collections.abc.Callable[[bytes], collections.abc.Awaitable[bytes]],
+        memory: "_Memory",
     ) -> None:
         while chunk := await source.read(_CHUNK):
-            changed = await change(chunk)
-            if number > self._stranded:
-                sink.write(changed)
+            if memory.holds(self.forget_after):
+                sink.write(await change(chunk))
                 await sink.drain()
 
     async def _request(self, chunk: bytes) -> bytes:

@@ -293,10 +293,10 @@ async def test_typescript(serving: str, typescript: pathlib.Path, tmp_path: path
     async with proxy.Proxy(f"http://{serving}") as network:
         network.swallow()
         running = asyncio.create_task(ran("node", str(program), f"http://{network.address}", str(token)))
-        await replicas.until(lambda: network.connected == 1)
+        await replicas.until(lambda: network.accepted == 1)
         network.strand()
         network.swallow(False)
-        await replicas.until(lambda: network.connected == 2)
+        await replicas.until(lambda: network.accepted == 2)
         await asyncio.sleep(0.5)  # the token is refused meanwhile
         token.write_text(keys.token("ada"))
         printed = await running

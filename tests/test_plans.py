@@ -8,7 +8,7 @@ import typing
 import pytest
 import replicas
 
-from afterhours_grpc.store import database, endings, lists, outbox, privacy, queries, transitions
+from afterhours_grpc.store import connections, database, endings, lists, outbox, privacy, queries, transitions
 
 # Indexes that are meant for these statements, and for no other.
 OWNERS = {
@@ -58,7 +58,7 @@ def _nodes(plan: dict[str, typing.Any]) -> collections.abc.Iterator[dict[str, ty
 async def test_every_row_is_found_by_a_key(engines: replicas.Engines, name: str) -> None:
     """On an empty table, too, each scan is by a key, and each index is used by whom it is meant for."""
     statement = _statements()[name]
-    connection = await database.connect(engines.database_url)
+    connection = await connections.connect(engines.database_url)
     try:
         await connection.execute(f"SET plan_cache_mode = force_generic_plan; PREPARE it AS {statement.sql}")
         arguments = f"({', '.join('NULL' for _ in statement.names)})" if statement.names else ""

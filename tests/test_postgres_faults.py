@@ -10,6 +10,7 @@ import itertools
 import pathlib
 import time
 import typing
+import urllib.parse
 
 import asyncpg
 import conftest
@@ -18,6 +19,7 @@ import proxy
 import psutil
 import pytest
 import replicas
+import watches
 from afterhours.v1 import session_pb2
 
 from afterhours_grpc import app
@@ -310,6 +312,116 @@ async def test_postgres_is_out_of_connections(engines: replicas.Engines) -> None
         await nothing_leaks(engines, service)
 
 
+async def is_away_and_back(engines: replicas.Engines, url: str, away: list[str], back: str) -> None:
+    """Run statements that lock a service at `url` out, and one that lets it in; check what it says meanwhile."""
+    async with replicas.replica(dataclasses.replace(engines, database_url=url)) as (_, client):
+        await client.put_profile("ada")
+        for statement in away:
+            await engines.rows(statement)
+        assert says_try_again(await replicas.refused(client.get("ada")))
+        await serving(client, False, within=LONGEST + 3 + SLACK)
+        assert says_try_again(await replicas.refused(client.put_profile("ada")))
+        await engines.rows(back)
+        await serving(client, True, within=5)
+        await client.put_profile("ada")
+
+
+@pytest.fixture
+async def rented(engines: replicas.Engines) -> collections.abc.AsyncIterator[str]:
+    """Return a URL of the database by a role of this test's own, whose password is "one"."""
+    await engines.rows("CREATE ROLE renter LOGIN SUPERUSER PASSWORD 'one'")
+    url = urllib.parse.urlsplit(engines.database_url)
+    yield url._replace(netloc=f"renter:one@{url.netloc.rpartition('@')[2]}").geturl()
+    await engines.rows("DROP ROLE renter")
+
+
+async def test_credentials_and_databases_come_and_go(engines: replicas.Engines, rented: str) -> None:
+    """Rejected credentials, and a database that is missing, are a Postgres that is away: it comes back by itself."""
+    other = f"{engines.database_url.rpartition('/')[2]}_other"
+    await engines.rows(f"CREATE DATABASE {other} TEMPLATE afterhours")
+    change = ["ALTER ROLE renter PASSWORD 'two'",
+              "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'renter'"]  # fmt: skip
+    async with asyncio.TaskGroup() as both:
+        both.create_task(is_away_and_back(engines, rented, change, "ALTER ROLE renter PASSWORD 'one'"))
+        drop, create = f"DROP DATABASE {other} WITH (FORCE)", f"CREATE DATABASE {other} TEMPLATE afterhours"
+        both.create_task(is_away_and_back(engines, f"{engines.database_url}_other", [drop], create))
+    await engines.rows(drop)
+
+
+async def test_a_start_waits_for_a_connection_slot(engines: replicas.Engines) -> None:
+    """`serve` waits for a free connection slot, and for a backend behind a load balancer that accepts and closes."""
+    async with (
+        contextlib.AsyncExitStack() as others,
+        proxy.Proxy(engines.database_url) as full,
+        proxy.Proxy(engines.database_url) as balancer,
+    ):
+        urls = [full.url, balancer.url]
+        balancer.lead_to("postgresql://127.0.0.1:1")
+        with contextlib.suppress(asyncpg.TooManyConnectionsError):
+            while True:
+                connection = await asyncpg.connect(engines.database_url)
+                others.push_async_callback(connection.close)
+        processes = [
+            await replicas.Process(dataclasses.replace(engines, database_url=url).environment()).start() for url in urls
+        ]
+
+        async def tried() -> bool:
+            return min(full.accepted, balancer.accepted) > 5
+
+        try:
+            await replicas.eventually(tried, within=20)
+            assert [process.lines for process in processes] == [[], []]
+            await others.aclose()
+            balancer.lead_to(engines.database_url)
+            for process in processes:
+                await (await process.client()).close()
+        finally:
+            await asyncio.gather(*(process.stop() for process in processes))
+
+
+async def test_idle_connections_that_a_gateway_forgets(engines: replicas.Engines) -> None:
+    """Where what is sent on an idle connection vanishes, no call fails: connections are tried before they are used."""
+    async with proxy.Proxy(engines.database_url) as gateway:
+        behind = dataclasses.replace(engines, database_url=gateway.url)
+        async with replicas.replica(behind, AFTERHOURS_RECONCILE_INTERVAL="1h") as (service, client):
+            users = [f"user {n}" for n in range(20)]
+            async with replicas.locked(engines, "LOCK TABLE after_hours_profiles"):
+                putting = [asyncio.create_task(client.put_profile(user)) for user in users]
+                await waiting(engines)
+            await asyncio.gather(*putting)
+            gateway.forget_after = 0.4
+            for _ in range(2):
+                await asyncio.sleep(0.6)
+                began = time.monotonic()
+                await asyncio.gather(*(client.get(user) for user in users), *(client.start(user) for user in users))
+                await asyncio.gather(*(client.end(user) for user in users))
+                assert time.monotonic() - began < 2 + SLACK
+            gateway.forget_after = None
+            await nothing_leaks(engines, service)
+
+
+async def test_a_watch_is_opened_in_time_or_not_at_all(engines: replicas.Engines) -> None:
+    """Opening a watch waits no longer for a silent Postgres than any call, whoever waits already."""
+    async with proxy.Proxy(engines.database_url) as network:
+        behind = dataclasses.replace(engines, database_url=network.url)
+        async with replicas.replica(behind) as (_, client), watches.watching(client):
+            network.swallow()
+
+            async def refused() -> float:
+                began = time.monotonic()
+                refusal = await replicas.refused(watches.Watch(client).next(within=30))
+                assert says_try_again(refusal)
+                return time.monotonic() - began
+
+            opening = []
+            for _ in range(5):
+                opening.append(asyncio.create_task(refused()))
+                await asyncio.sleep(0.9)
+            assert max(await asyncio.gather(*opening)) < LONGEST
+            network.swallow(False)
+            network.cut()
+
+
 async def test_a_deadlock_is_tried_again(engines: replicas.Engines, faulty: Faulty) -> None:
     """A call that Postgres takes back because of a deadlock is tried again, and its caller does not notice."""
     async with replicas.replica(engines) as (service, client):
@@ -332,37 +444,35 @@ async def test_a_deadlock_is_tried_again(engines: replicas.Engines, faulty: Faul
         await nothing_leaks(engines, service)
 
 
+# A start as another replica would commit it.
+_START = """
+INSERT INTO after_hours_sessions (user_id, started_at, expires_at, latitude, longitude, fuzzed_latitude,
+    fuzzed_longitude, fuzz_radius_meters, fuzz_key_version, fuzz_cell)
+SELECT user_id, clock_timestamp(), clock_timestamp() + interval '15 min', latitude, longitude, fuzzed_latitude,
+    fuzzed_longitude, fuzz_radius_meters, fuzz_key_version, fuzz_cell
+FROM after_hours_sessions
+"""
+
+
 @pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
-async def test_a_serialization_failure_is_tried_again(
-    engines: replicas.Engines, faulty: Faulty, isolation: str
-) -> None:
-    """With transactions isolated more strictly, parallel extends on two replicas add up, and sessions end on time."""
+async def test_the_isolation_is_the_service_s_own(engines: replicas.Engines, isolation: str) -> None:
+    """Where the database isolates more strictly, no session outlives its profile, and parallel extends add up."""
     name = engines.database_url.rpartition("/")[2]
     await engines.rows(f"ALTER DATABASE {name} SET default_transaction_isolation = '{isolation}'")
-    step = datetime.timedelta(minutes=15)
     async with replicas.replica(engines) as (service, one), replicas.replica(engines) as (_, two):
         await one.put_profile("ada")
         started = await one.start("ada")
-        await onlooker.started(one, 20)
-        extends = [replicas.outcome((one, two)[n % 2].extend("ada", timeout=20)) for n in range(40)]
-        outcomes = await asyncio.gather(*extends)
-        refusals = [each for each in outcomes if isinstance(each, replicas.Refusal)]
-        assert all(says_try_again(each) for each in refusals)
-        assert len(refusals) < len(outcomes) / 2
-        found = await one.get("ada")
-        added = found.session.expire_time.ToDatetime() - started.expire_time.ToDatetime()
-        assert added == step * (len(outcomes) - len(refusals))
-
-        before = faulty.said("could not serialize access")
-        async with replicas.locked(
-            engines, "SELECT FROM after_hours_sessions WHERE user_id = 'ada' FOR UPDATE"
-        ) as connection:
-            extending = asyncio.create_task(one.extend("ada"))
+        await asyncio.gather(*((one, two)[n % 2].extend("ada", timeout=20) for n in range(40)))
+        added = (await one.get("ada")).session.expire_time.ToDatetime() - started.expire_time.ToDatetime()
+        assert added == 40 * datetime.timedelta(minutes=15)
+        await one.end("ada")
+        async with replicas.locked(engines, "SELECT FROM after_hours_profiles FOR SHARE") as start:
+            # It waits for a start, and must then see what that committed.
+            deleting = asyncio.create_task(two.delete_profile("ada"))
             await waiting(engines)
-            await connection.execute("UPDATE after_hours_sessions SET latitude = latitude WHERE user_id = 'ada'")
-        assert (await extending).expire_time.ToDatetime() == found.session.expire_time.ToDatetime() + step
-        assert faulty.said("could not serialize access") > before
-        await onlooker.closed_on_time(engines, 20)
+            await start.execute(_START)
+        await deleting
+        assert await engines.rows("SELECT FROM after_hours_sessions WHERE ended_at IS NULL") == []
         await nothing_leaks(engines, service, 2)
 
 

@@ -1,6 +1,5 @@
-"""Statements run on kept connections; whatever keeps Postgres from answering becomes `StoreUnavailable`."""
+"""Statements run on a pool of connections; whatever keeps Postgres from answering becomes `StoreUnavailable`."""
 
-import asyncio
 import collections.abc
 import contextlib
 import datetime
@@ -9,23 +8,22 @@ import typing
 
 import asyncpg
 import sqlalchemy as sa
+import tenacity
 from sqlalchemy.dialects.postgresql import asyncpg as dialect
 
 from afterhours_grpc.sessions import errors
-from afterhours_grpc.store import driver
+from afterhours_grpc.store import connections, pool
 
-# Seconds that a statement may take, and that a connection may take to be made: a silent server counts as an
-# unreachable one. The server gives up first, so that a lock it waits for costs a statement and no connection.
-STATEMENT_TIMEOUT = 4.0
-ANSWER_TIMEOUT = 4.5
 # A row that another holds costs its caller another try, and those in the same batch only this.
 LOCK_TIMEOUT = 0.1
-# The same for a statement that is for one caller alone.
-_LONE_LOCK_TIMEOUT = 0.5
 
-# The server's classes of being away: connection exception, insufficient resources, operator intervention (also
-# a statement that the server cancelled), and a primary that became read-only.
-_AWAY = ("08", "53", "57", "25006")
+# Seconds for which a command that starts waits for a server that it can use.
+_PATIENCE = 10.0
+
+# The server's classes of being away: connection exception, invalid authorization, invalid catalog name, insufficient
+# resources, operator intervention (also a statement that the server cancelled), a primary that became read-only, and a
+# transaction that was idle for too long, since this process was stopped.
+_AWAY = ("08", "28", "3D", "53", "57", pool.READ_ONLY, "25P03")
 # Nothing is wrong with the statement, it met another: serialization failure, deadlock, lock not available.
 _MET_ANOTHER = ("40001", "40P01", "55P03")
 
@@ -55,46 +53,9 @@ class Statement:
         self.names: tuple[str, ...] = tuple(compiled.positiontup or ())
 
 
-_SESSION_SETTINGS = {
-    "application_name": "afterhours",
-    "timezone": "UTC",
-    "statement_timeout": str(int(STATEMENT_TIMEOUT * 1000)),
-    "lock_timeout": str(int(_LONE_LOCK_TIMEOUT * 1000)),
-    "idle_in_transaction_session_timeout": str(int(ANSWER_TIMEOUT * 1000)),
-    # Plans are cached while tables are small, and must stay right when they are not.
-    "enable_seqscan": "off",
-    "jit": "off",
-}
-
 Row = collections.abc.Mapping[str, typing.Any]
 Run = collections.abc.Callable[..., collections.abc.Awaitable[list[Row]]]
-
-
-async def connect(url: str) -> asyncpg.Connection:
-    """Make a connection as the service uses them. Raise OSError, TimeoutError or asyncpg's errors."""
-    return await driver.connect(url, timeout=ANSWER_TIMEOUT, server_settings=_SESSION_SETTINGS)
-
-
-class _Connection:
-    """A connection of the driver's, with the statements that it has prepared."""
-
-    def __init__(self, driver: asyncpg.Connection) -> None:
-        self.driver = driver
-        self._prepared: dict[Statement, typing.Any] = {}
-
-    async def run(self, statement: Statement, known: Row) -> list[Row]:
-        # Prepared first, for that takes round trips when a connection is new, and deadlines are near.
-        prepared = self._prepared.get(statement)
-        if prepared is None:
-            prepared = self._prepared[statement] = await self.driver.prepare(statement.sql)
-        if "deadlines" in known:
-            known = {**known, **_patience(known["deadlines"])}
-        try:
-            rows: list[Row] = await prepared.fetch(*[known[name] for name in statement.names])
-        except asyncpg.InvalidCachedStatementError as error:  # a migration came between
-            self._prepared.clear()
-            raise Retry from error
-        return rows
+Result = typing.TypeVar("Result")
 
 
 def _patience(deadlines: collections.abc.Sequence[float]) -> dict[str, object]:
@@ -108,27 +69,23 @@ def _patience(deadlines: collections.abc.Sequence[float]) -> dict[str, object]:
 
 
 class Database:
-    """At most `connections` connections to `url`, which asyncpg reads as libpq does.
-
-    Not asyncpg's own pool, whose release sends a reset and forgets what was prepared, nor SQLAlchemy's, whose greenlets
-    cost more than the statements; both were measured.
-    """
+    """Statements on at most `connections` connections to the server of `url` that accepts writes."""
 
     def __init__(self, url: str, *, connections: int = 16) -> None:
         # Tests move the service's clock by this; see `transitions.NOW`.
         self.clock_offset = datetime.timedelta()
-        self.checked_out = 0
         # When a statement was last answered, by time.monotonic().
         self.answered_at = 0.0
-        self._url = url
-        self._room = asyncio.Semaphore(connections)
-        self._idle: list[_Connection] = []
+        self._pool = pool.Pool(url, connections)
+
+    @property
+    def checked_out(self) -> int:
+        """How many connections are in use."""
+        return self._pool.checked_out
 
     async def close(self) -> None:
         """Close every connection that is not in use; idempotent."""
-        while self._idle:
-            with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                await self._idle.pop().driver.close(timeout=ANSWER_TIMEOUT)
+        await self._pool.close()
 
     async def fetch(self, statement: Statement, **parameters: object) -> list[Row]:
         """Run one statement in its own transaction. Raise `StoreUnavailable`, `Retry` or `StatementFailed`.
@@ -136,71 +93,72 @@ class Database:
         `deadlines`, in seconds of time.monotonic(), become `times_left` as the statement is sent, not before, and
         their first one bounds `lock_timeout`.
         """
-        async with self._connection() as connection:
-            rows = await connection.run(statement, {**parameters, "clock_offset": self.clock_offset})
-            self.answered_at = time.monotonic()
-            return rows
+        with _away_is_unavailable():
+            async with self._pool.connection() as connection:
+                return await self._run(connection, statement, parameters)
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> collections.abc.AsyncIterator[Run]:
-        """Give a `fetch` whose statements are committed together or not at all."""
-        async with self._connection() as connection:
+        """Provide a `fetch` whose statements are committed together or not at all."""
+        with _away_is_unavailable():
+            async with self._pool.connection() as connection:
 
-            async def run(statement: Statement, **parameters: object) -> list[Row]:
-                return await connection.run(statement, {**parameters, "clock_offset": self.clock_offset})
+                async def run(statement: Statement, **parameters: object) -> list[Row]:
+                    return await self._run(connection, statement, parameters)
 
-            # Not the driver's own transaction(), which waits for a ROLLBACK even of a server that fell silent.
-            await connection.driver.execute("BEGIN")
-            try:
-                yield run
-            except asyncpg.PostgresError:
-                await connection.driver.execute("ROLLBACK")
-                raise
-            try:
-                await connection.driver.execute("COMMIT")
-            except asyncpg.PostgresError as error:
-                # Whether it was applied is not known, so that nothing may try it again by itself.
-                raise errors.StoreUnavailable from error
+                # Not the driver's own transaction(), which waits for a ROLLBACK even of a server that fell silent.
+                await connection.driver.execute("BEGIN")
+                try:
+                    yield run
+                except asyncpg.PostgresError:
+                    await connection.driver.execute("ROLLBACK")
+                    raise
+                try:
+                    await connection.driver.execute("COMMIT")
+                except asyncpg.PostgresError as error:
+                    # Whether it was applied is not known, so that nothing may try it again by itself.
+                    raise errors.StoreUnavailable from error
 
     async def listen(self, channel: str, heard: collections.abc.Callable[[], None]) -> None:
-        """Call `heard` at each notification, on a connection of its own, until it is lost. Raise as `connect` does."""
-        connection = await connect(self._url)
-        lost = asyncio.Event()
-        connection.add_termination_listener(lambda _: lost.set())
+        """Call `heard` at each notification, on a connection of its own, until there is none, which is no error."""
+        with contextlib.suppress(errors.StoreUnavailable), _away_is_unavailable():
+            await self._pool.listen(channel, heard)
+
+    async def _run(
+        self, connection: pool.Connection, statement: Statement, parameters: dict[str, typing.Any]
+    ) -> list[Row]:
+        known = {**parameters, "clock_offset": self.clock_offset}
+        # Prepared first, for that takes round trips when a connection is new, and deadlines are near.
+        prepared = await connection.prepare(statement.sql)
+        if "deadlines" in known:
+            known.update(_patience(known["deadlines"]))
         try:
-            await connection.add_listener(channel, lambda *_: heard())
-            await lost.wait()
-        finally:
-            connection.terminate()
+            rows: list[Row] = await prepared.fetch(*[known[name] for name in statement.names])
+        except asyncpg.InvalidCachedStatementError:  # a migration came between
+            connection.forget()
+            raise
+        self.answered_at = time.monotonic()
+        return rows
 
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> collections.abc.AsyncIterator[_Connection]:
-        with _away_is_unavailable():
-            async with asyncio.timeout(ANSWER_TIMEOUT), self._room:
-                self.checked_out += 1
-                try:
-                    connection = await self._open()
-                    try:
-                        yield connection
-                    except asyncpg.PostgresError:
-                        self._idle.append(connection)
-                        raise
-                    except BaseException:  # a cancellation, too
-                        # In the middle of an answer, or of nowhere: such a connection serves nobody again. Not closed
-                        # but dropped, for a silent server does not answer a goodbye.
-                        connection.driver.terminate()
-                        raise
-                    self._idle.append(connection)
-                finally:
-                    self.checked_out -= 1
 
-    async def _open(self) -> _Connection:
-        while self._idle:
-            # The one used last, whose memory and plans are warm.
-            connection = self._idle.pop()
-            if not connection.driver.is_closed():  # lost while it lay here
-                return connection
-        return _Connection(await connect(self._url))
+async def patiently(do: collections.abc.Callable[[], collections.abc.Awaitable[Result]]) -> Result:
+    """Return what `do` returns, trying for 10 s to find a server for it. Raise CannotConnect, and BadUrl at once."""
+    async for attempt in tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        wait=tenacity.wait_fixed(0.2),
+        stop=tenacity.stop_after_delay(_PATIENCE),
+        reraise=True,
+    ):
+        with attempt:
+            try:
+                return await do()
+            except (errors.StoreUnavailable, Retry) as error:
+                raise connections.cannot_connect(error.__cause__ or error) from error
+    raise AssertionError
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, connections.CannotConnect) and not isinstance(error, connections.BadUrl)
 
 
 @contextlib.contextmanager
@@ -211,7 +169,8 @@ def _away_is_unavailable() -> collections.abc.Iterator[None]:
         state = error.sqlstate or ""
         if state.startswith(_AWAY):
             raise errors.StoreUnavailable from error
-        if state in _MET_ANOTHER or error.as_dict().get("constraint_name") == "after_hours_requests_pkey":
+        stale = isinstance(error, asyncpg.InvalidCachedStatementError)
+        if stale or state in _MET_ANOTHER or error.as_dict().get("constraint_name") == "after_hours_requests_pkey":
             raise Retry from error
         raise StatementFailed(state, error.as_dict().get("constraint_name")) from error
     except (
@@ -219,6 +178,7 @@ def _away_is_unavailable() -> collections.abc.Iterator[None]:
         TimeoutError,
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,  # the server spoke out of turn, as it does when it ends a connection
+        connections.CannotConnect,
     ) as error:
         if _is_bad_argument(error):
             raise StatementFailed from error

@@ -12,10 +12,13 @@ import sqlalchemy.exc
 from sqlalchemy.ext import asyncio as sa_asyncio
 
 from afterhours_grpc import failpoints
+from afterhours_grpc.store import connections
 
 VERSION_TABLE = "after_hours_schema"
 # Seconds that a migration waits for a lock, its own or a table's, rather than hold up the calls behind it.
 LOCK_TIMEOUT = 10
+# A migration may take longer than a call, and sets its own limits.
+_SESSION_SETTINGS = {"application_name": "afterhours-migrate", "default_transaction_isolation": "read committed"}
 # One number for every migration of this schema: "after" as big-endian bytes.
 _ADVISORY_LOCK = int.from_bytes(b"after")
 
@@ -37,18 +40,28 @@ def newest() -> int:
 
 
 async def current(url: str) -> int:
-    """Read the version of the database; 0 for none. Raise OSError or asyncpg.PostgresError."""
-    connection = await asyncpg.connect(url, timeout=LOCK_TIMEOUT, command_timeout=LOCK_TIMEOUT)
+    """Return the version of the database; 0 for none. Raise connections.CannotConnect."""
+    connection = await connections.connect(url, _SESSION_SETTINGS)
     try:
-        if await connection.fetchval("SELECT to_regclass($1)", VERSION_TABLE) is None:
-            return 0
-        return int(await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}") or 0)
+        return await version(connection)
     finally:
         connection.terminate()
 
 
+async def version(connection: asyncpg.Connection) -> int:
+    """Return the version of the database that a connection is to; 0 for none. Raise connections.CannotConnect."""
+    with connections.explained():
+        async with asyncio.timeout(LOCK_TIMEOUT):
+            if await connection.fetchval("SELECT to_regclass($1)", VERSION_TABLE) is None:
+                return 0
+            return int(await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}") or 0)
+
+
 async def check(url: str) -> None:
-    """Raise SchemaError for a schema older than needed; a newer one is fine, for migrations expand first."""
+    """Raise SchemaError for a schema older than needed; a newer one is fine, for migrations expand first.
+
+    Raise connections.CannotConnect if no server can be used.
+    """
     found = await current(url)
     if found < newest():
         raise SchemaError(
@@ -58,14 +71,14 @@ async def check(url: str) -> None:
 
 
 async def migrate(url: str) -> int:
-    """Bring the database to the newest schema in one transaction, and give its version.
+    """Bring the database to the newest schema in one transaction, and return its version.
 
     Safe to run twice, and by two at once: the second waits. A database that is newer already is left as it is. Raise
-    SchemaError if a lock is not to be had within LOCK_TIMEOUT, OSError if there is no database.
+    SchemaError if a lock could not be acquired within LOCK_TIMEOUT, connections.CannotConnect if no server can be used.
     """
 
     async def connect() -> asyncpg.Connection:
-        return await asyncpg.connect(url, timeout=LOCK_TIMEOUT)
+        return await connections.connect(url, _SESSION_SETTINGS)
 
     engine = sa_asyncio.create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=sa.NullPool)
     try:
@@ -76,9 +89,9 @@ async def migrate(url: str) -> int:
             failpoints.reach(failpoints.Point.MIGRATED)
     except sqlalchemy.exc.DBAPIError as error:
         if getattr(error.orig, "sqlstate", None) == "55P03":
-            raise SchemaError(f"a lock was not to be had within {LOCK_TIMEOUT} s: run it again") from error
-        # The driver's own, as `current` and `check` raise it.
-        raise (error.orig.__cause__ if error.orig and error.orig.__cause__ else error) from None
+            raise SchemaError(f"could not acquire a lock within {LOCK_TIMEOUT} s: run it again") from error
+        # The driver's own error.
+        raise connections.cannot_connect((error.orig and error.orig.__cause__) or error) from error
     finally:
         await asyncio.shield(engine.dispose())
     return max(newest(), await current(url))
