@@ -52,7 +52,11 @@ async def examine(config: settings.Settings) -> list[Finding]:
     db = database.Database(config.database_url or "", connections=1)
     sessions = store.Store(db)
     client = redis.asyncio.Redis.from_url(
-        config.redis_url, decode_responses=True, socket_timeout=2, socket_connect_timeout=2
+        config.redis_url,
+        decode_responses=True,
+        encoding_errors="replace",  # a job that is no text is one that nobody knows
+        socket_timeout=2,
+        socket_connect_timeout=2,
     )
     try:
         if config.database_url:
@@ -69,6 +73,8 @@ async def examine(config: settings.Settings) -> list[Finding]:
             findings.append(Finding("redis", Level.WRONG, told, "check that it runs, and the URL"))
     except errors.StoreUnavailable:
         findings.append(Finding("database", Level.WRONG, "Postgres stopped answering", "look at its log"))
+    except asyncpg.PostgresError as error:
+        findings.append(_refused(error))
     finally:
         await client.aclose()
         await db.close()
@@ -95,6 +101,11 @@ def _unconnected(error: Exception) -> Finding:
     return Finding("database", Level.WRONG, told, "check that Postgres runs, and the URL")
 
 
+def _refused(error: Exception) -> Finding:
+    told = f"its tables cannot be read ({type(error).__name__})"
+    return Finding("schema", Level.WRONG, told, "check what the role of DATABASE_URL may do, and Postgres' log")
+
+
 async def _postgres(url: str) -> Findings:
     try:
         connection = await database.connect(url)
@@ -105,7 +116,14 @@ async def _postgres(url: str) -> Findings:
         yield await _server(connection)
     finally:
         connection.terminate()
-    found = await schema.current(url)
+    try:
+        found = await schema.current(url)
+    except schema.SchemaError as error:
+        yield Finding("schema", Level.WRONG, str(error), "create another database, and run `afterhours-grpc migrate`")
+        return
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        yield _refused(error)
+        return
     if found < schema.newest():
         told = f"at version {found}, and this release needs {schema.newest()}"
         yield Finding("schema", Level.WRONG, told, "run `afterhours-grpc migrate`")
