@@ -23,9 +23,21 @@ Result = typing.TypeVar("Result")
 # Seconds for which a command tries to get a lock that others hold.
 _PATIENCE = 10.0
 
-User = typing.Annotated[str, typer.Argument(help="The user's id.", metavar="USER")]
+_LONGEST_TEXT = 255
+
+
+def _text(value: str) -> str:
+    if not 0 < len(value) <= _LONGEST_TEXT:
+        raise typer.BadParameter(f"must have 1 to {_LONGEST_TEXT} code points")
+    return value
+
+
+User = typing.Annotated[str, typer.Argument(help="The user's id.", metavar="USER", callback=_text)]
 Reference = typing.Annotated[
-    str, typer.Option(help="What is recorded of the reason, such as a ticket's number. Nothing about the user.")
+    str,
+    typer.Option(
+        help="What is recorded of the reason, such as a ticket's number. Nothing about the user.", callback=_text
+    ),
 ]
 
 

@@ -39,7 +39,9 @@ class Connection:
         str | None, typer.Option(help="A token, as `afterhours-grpc token` signs one.", show_default=False)
     ] = None
     ca: typing.Annotated[_File, typer.Option(help="PEM: TLS, with this CA.", show_default=False)] = None
-    cert: typing.Annotated[_File, typer.Option(help="PEM: the client certificate.", show_default=False)] = None
+    cert: typing.Annotated[_File, typer.Option(help="PEM: TLS, with this client certificate.", show_default=False)] = (
+        None
+    )
     key: typing.Annotated[_File, typer.Option(help="PEM: its key.", show_default=False)] = None
     timeout: typing.Annotated[float, typer.Option(help="Deadline in seconds.")] = 5
     as_json: typing.Annotated[bool, typer.Option("--json", help="Print the answer, or the error, as JSON.")] = False
@@ -70,8 +72,11 @@ class Connection:
                 raise typer.Exit(1) from None
 
     def _channel(self, address: str) -> grpc.Channel:
-        if not self.ca:
+        if bool(self.cert) != bool(self.key):
+            flags.refuse("--cert and --key belong together: give both or neither")
+        if not self.ca and not self.cert:
             return grpc.insecure_channel(address)
+        # Without a CA the library trusts those that it brings.
         ca, key, cert = (each.read_bytes() if each else None for each in (self.ca, self.key, self.cert))
         return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert))
 
@@ -164,7 +169,7 @@ def _tell_event(event: session_event_pb2.SessionEvent, as_json: bool) -> None:
     told = [event.event_time.ToJsonString(), f"{kind:9}"]
     if event.HasField("session"):
         session = event.session
-        told += [session.id, session.user_id or "(erased)", f"expires {session.expire_time.ToJsonString()}"]
+        told += [session.id, _printable(session.user_id) or "(erased)", f"expires {session.expire_time.ToJsonString()}"]
         if session.HasField("end_time"):
             told.append(session_pb2.EndReason.Name(session.end_reason).removeprefix("END_REASON_"))
     typer.echo("  ".join([*told, event.cursor]))
@@ -189,7 +194,7 @@ def _tell(response: message.Message, as_json: bool) -> None:
         return
     session: session_pb2.Session = response.session  # type: ignore[attr-defined]
     state = session_pb2.SessionState.Name(session.state).removeprefix("SESSION_STATE_").lower()
-    typer.echo(f"session {session.id} of {session.user_id} is {state}")
+    typer.echo(f"session {session.id} of {_printable(session.user_id)} is {state}")
     typer.echo(f"  started    {session.start_time.ToJsonString()}")
     typer.echo(f"  expires    {session.expire_time.ToJsonString()}")
     if session.HasField("end_time"):
@@ -201,11 +206,19 @@ def _tell(response: message.Message, as_json: bool) -> None:
     typer.echo(f"  shown at   {shown.latitude}, {shown.longitude}, within {session.fuzz_radius_meters:.0f} m")
 
 
+def _printable(text: str) -> str:
+    """Escape what a terminal would obey: a user's id may be any text."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def _tell_failure(call: grpc.Call, address: str, as_json: bool) -> None:
     code, told = call.code().name, call.details() or ""
     info, violations = _details(call)
     if not info.reason and call.code() is grpc.StatusCode.UNAVAILABLE:
-        told = f"Nobody answers at {address}; start a server by `afterhours-grpc dev`, or choose another by --target."
+        told = (
+            f"No server can be reached at {_printable(address)} ({_printable(told)}):"
+            " start one by `afterhours-grpc dev`, or check --target, --ca, --cert and --key."
+        )
     if as_json:
         failure = {"code": code, "reason": info.reason, "message": told, "metadata": dict(info.metadata)}
         typer.echo(json.dumps({**failure, "violations": violations}, indent=2))

@@ -69,6 +69,8 @@ async def examine(config: settings.Settings) -> list[Finding]:
             findings.append(Finding("redis", Level.WRONG, told, "check that it runs, and the URL"))
     except errors.StoreUnavailable:
         findings.append(Finding("database", Level.WRONG, "Postgres stopped answering", "look at its log"))
+    except database.StatementFailed as error:
+        findings.append(_refused(error.__cause__ or error))
     finally:
         await client.aclose()
         await db.close()
@@ -95,6 +97,11 @@ def _unusable(error: connections.CannotConnect) -> Finding:
     return Finding("database", Level.WRONG, told, advice)
 
 
+def _refused(error: BaseException) -> Finding:
+    told = f"its tables cannot be read ({type(error).__name__})"
+    return Finding("schema", Level.WRONG, told, "check what the role of DATABASE_URL may do, and Postgres' log")
+
+
 async def _postgres(url: str) -> Findings:
     try:
         connection = await connections.connect(url)
@@ -103,14 +110,21 @@ async def _postgres(url: str) -> Findings:
         return
     try:
         with connections.explained():
-            server = await _server(connection)
-        found = await schema.version(connection)
+            yield await _server(connection)
     except connections.CannotConnect as error:
+        connection.terminate()
         yield _unusable(error)
+        return
+    try:
+        found = await schema.version(connection)
+    except schema.SchemaError as error:
+        yield Finding("schema", Level.WRONG, str(error), "create another database, and run `afterhours-grpc migrate`")
+        return
+    except connections.CannotConnect as error:
+        yield _refused(error.__cause__ or error)
         return
     finally:
         connection.terminate()
-    yield server
     if found < schema.newest():
         told = f"at version {found}, and this release needs {schema.newest()}"
         yield Finding("schema", Level.WRONG, told, "run `afterhours-grpc migrate`")

@@ -216,6 +216,19 @@ async def test_without_postgres(engines: replicas.Engines, words: tuple[str, ...
         assert "DATABASE_URL" in lines[0]
 
 
+async def test_a_user_and_a_reason_must_be_named(engines: replicas.Engines) -> None:
+    """No user, no reference, or one that the service would refuse, is a mistyped flag, and nothing is done."""
+    for words in (
+        ("erase-user", "ada", "--reference", ""),
+        ("export-user", 256 * "a", "--reference", "ticket 1"),
+        ("token", ""),
+    ):
+        status, lines = await command(engines, *words, AFTERHOURS_JWT_SECRET=keys.SECRET)
+        assert status == 2, words
+        assert "1 to 255" in "".join(lines), words
+    assert await engines.rows("SELECT FROM after_hours_data_requests") == []
+
+
 async def test_token(engines: replicas.Engines) -> None:
     """A token that was signed by command opens what its scopes do, on a server with the same settings."""
     settings = {

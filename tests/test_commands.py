@@ -17,6 +17,7 @@ import typing
 import urllib.parse
 
 import asyncpg
+import keys
 import psutil
 import pytest
 import pytest_asyncio
@@ -448,6 +449,46 @@ async def test_a_call_that_fails(engines: replicas.Engines) -> None:
         failure = json.loads(bad.out)
         assert failure["reason"] == "INVALID_REQUEST"
         assert sorted(failure["violations"]) == ["request_id", "user_id"]
+
+
+async def test_a_person_calls_over_tls(engines: replicas.Engines, tmp_path: pathlib.Path) -> None:
+    """A client certificate means TLS, with --ca or without, so that no token leaves in the clear."""
+    authority = keys.Authority(tmp_path)
+    certificate, key = authority.server()
+    settings = {
+        "AFTERHOURS_AUTH": "jwt",
+        "AFTERHOURS_JWT_SECRET": keys.SECRET,
+        "AFTERHOURS_TLS_CERT": str(certificate),
+        "AFTERHOURS_TLS_KEY": str(key),
+    }
+    pair = ("--cert", str(certificate), "--key", str(key))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        plain = f"127.0.0.1:{listener.getsockname()[1]}"
+        async with replicas.replica(engines, **settings) as (service, _):
+            get = ("call", "get", "ada", "--token", keys.token("ada"), "--target")
+            good, untrusted, half, _ = await asyncio.gather(
+                run(*get, service.address, "--ca", str(authority.file)),
+                run(*get, service.address, *pair),
+                run(*get, plain, "--ca", str(authority.file), *pair[:2]),
+                run(*get, plain, *pair, "--timeout", "1"),
+            )
+        assert good == Ended(0, "no active session\n", "")
+        assert "CERTIFICATE_VERIFY_FAILED" in untrusted.err
+        assert "--key" in half.refusal()
+        connection, _ = await asyncio.to_thread(listener.accept)
+        with connection:
+            assert connection.recv(1) == b"\x16"  # a handshake
+
+
+async def test_what_a_person_is_shown_is_harmless(engines: replicas.Engines) -> None:
+    """A user's id may be any text, and none of it is obeyed by the terminal that shows it."""
+    user_id = "ada\x1b]0;title\x07\nbob"
+    async with replicas.replica(engines) as (_, client):
+        await client.put_profile(user_id)
+        await client.start(user_id)
+        shown = await run("call", "get", user_id, "--target", client.address)
+    assert shown.status == 0
+    assert "of ada\\x1b]0;title\\x07\\nbob is active" in shown.out
 
 
 async def test_nobody_listens() -> None:

@@ -83,6 +83,42 @@ async def test_an_old_schema(engines: replicas.Engines) -> None:
     assert "migrate" in findings["schema"]["advice"]
 
 
+async def test_a_role_without_rights_and_a_job_that_is_no_text(engines: replicas.Engines) -> None:
+    """What cannot be read, in Postgres or in Redis, is a finding like any other."""
+    place = engines.database_url.rpartition("@")[2]
+    await engines.rows("CREATE ROLE stranger LOGIN PASSWORD 'stranger'")
+    async with redis.Redis.from_url(engines.redis_url) as client:
+        await client.zadd("afterhours:jobs", {b"\xff": 1})
+    try:
+        (status, findings), (_, others) = await asyncio.gather(
+            doctor(engines.environment(DATABASE_URL=f"postgresql://stranger:stranger@{place}")),
+            doctor(engines.environment()),
+        )
+    finally:
+        await engines.rows("DROP ROLE stranger")
+    assert (status, wrong(findings)) == (1, {"schema"})
+    assert "InsufficientPrivilegeError" in findings["schema"]["told"]
+    assert wrong(others) == {"scheduler", "timers"}
+    assert "1 stale" in others["timers"]["told"]
+
+
+@pytest.mark.store
+async def test_a_database_that_cannot_store_every_user_id(engines: replicas.Engines) -> None:
+    """One whose encoding is not UTF8 is refused by migrate and by serve, and doctor says so."""
+    await engines.rows("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
+    environment = engines.environment(DATABASE_URL=engines.database_url.rpartition("/")[0] + "/latin")
+    try:
+        for words in (("migrate",), ("serve",)):
+            process = await replicas.Process(environment, *words).start()
+            assert await process.wait() == 1
+            assert [line for line in process.lines if "LATIN1" in line and "UTF8" in line] == process.lines != []
+        status, findings = await doctor(environment)
+    finally:
+        await engines.rows("DROP DATABASE latin WITH (FORCE)")
+    assert (status, wrong(findings)) == (1, {"schema"})
+    assert "LATIN1" in findings["schema"]["told"]
+
+
 async def test_a_redis_that_evicts_and_forgets(engines: replicas.Engines, tmp_path: pathlib.Path) -> None:
     """A Redis that may evict timers is wrong; one that persists nothing is worth a warning."""
     settings = {"maxmemory-policy": "allkeys-lru", "appendonly": "no"}

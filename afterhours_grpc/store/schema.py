@@ -39,8 +39,14 @@ def newest() -> int:
     return int(alembic.script.ScriptDirectory.from_config(config()).get_current_head() or 0)
 
 
+def _check_encoding(encoding: object) -> None:
+    """Raise SchemaError for an encoding that cannot store every user id, or counts bytes for code points."""
+    if encoding != "UTF8":
+        raise SchemaError(f"the database's encoding is {encoding}: create it anew with ENCODING 'UTF8'")
+
+
 async def current(url: str) -> int:
-    """Return the version of the database; 0 for none. Raise connections.CannotConnect."""
+    """Return the version of the database; 0 for none. Raise SchemaError or connections.CannotConnect."""
     connection = await connections.connect(url, _SESSION_SETTINGS)
     try:
         return await version(connection)
@@ -49,9 +55,10 @@ async def current(url: str) -> int:
 
 
 async def version(connection: asyncpg.Connection) -> int:
-    """Return the version of the database that a connection is to; 0 for none. Raise connections.CannotConnect."""
+    """Return the version of the database that a connection is to; 0 for none. Raise SchemaError or CannotConnect."""
     with connections.explained():
         async with asyncio.timeout(LOCK_TIMEOUT):
+            _check_encoding(await connection.fetchval("SHOW server_encoding"))
             if await connection.fetchval("SELECT to_regclass($1)", VERSION_TABLE) is None:
                 return 0
             return int(await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}") or 0)
@@ -83,6 +90,7 @@ async def migrate(url: str) -> int:
     engine = sa_asyncio.create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=sa.NullPool)
     try:
         async with engine.begin() as connection:
+            _check_encoding(await connection.scalar(sa.text("SHOW server_encoding")))
             await connection.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'"))
             await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
             await connection.run_sync(_upgrade)
