@@ -5,6 +5,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import datetime
+import random
 
 import asyncpg
 import proxy
@@ -140,6 +141,42 @@ async def test_an_overdue_session_ends_before_the_next_starts(engines: replicas.
         assert watches.types(own) == ["STARTED", "ENDED", "STARTED"]
         assert own[0].session.id == own[1].session.id != own[2].session.id
         assert own[1].session.end_reason == session_pb2.END_REASON_EXPIRED
+
+
+async def test_a_session_ends_before_the_next_starts(engines: replicas.Engines) -> None:
+    """Of one user, ENDED comes before STARTED, whatever eight writers on two servers do, and whoever ends sessions."""
+    chance = random.Random(11)
+    users = ["ada", "bob", "eve"]
+    async with (
+        replicas.replica(engines) as (one, first),
+        replicas.replica(engines) as (other, second),
+        watches.watching(first) as watch,
+    ):
+        for user in users:
+            await first.put_profile(user)
+
+        async def write() -> None:
+            for _ in range(25):
+                client, user = chance.choice((first, second)), chance.choice(users)
+                match chance.choice(("start", "start", "start", "end", "delete", "wait")):
+                    case "start":
+                        await replicas.outcome(client.start(user))
+                    case "end":
+                        await replicas.outcome(client.end(user))
+                    case "delete":
+                        await replicas.outcome(client.delete_profile(user))
+                        await client.put_profile(user)
+                    case _:  # Every session is overdue now.
+                        one.database.clock_offset += datetime.timedelta(hours=1)
+                        other.database.clock_offset = one.database.clock_offset
+
+        await asyncio.gather(*(write() for _ in range(8)))
+        for user in users:
+            await replicas.outcome(first.end(user))
+        count = len(await engines.rows("SELECT FROM after_hours_sessions"))
+        watches.in_order(await watch.events(2 * count))
+    reasons = await engines.rows("SELECT DISTINCT end_reason FROM after_hours_sessions")
+    assert {row["end_reason"] for row in reasons} == {"USER", "EXPIRED", "PROFILE_REMOVED"}
 
 
 async def test_a_database_of_another_server(engines: replicas.Engines) -> None:

@@ -31,7 +31,6 @@ FROM_AN_END = {
     outbox._LAST,
     outbox._AFTER,
     outbox._AFTER_OF_USERS,
-    outbox._REMOVE,
     privacy._ERASE_OUTBOX,
     *OWNERS["after_hours_sessions_due"],
 }

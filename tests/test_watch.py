@@ -399,6 +399,7 @@ def _check(
     for order in orders.values():
         assert order[0] == "STARTED"
         assert "ENDED" not in order[:-1]
+    watches.in_order(once.values())
 
 
 async def test_kills_of_replicas_leave_no_gap(engines: replicas.Engines) -> None:

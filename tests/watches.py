@@ -110,6 +110,19 @@ def told(events: list[session_event_pb2.SessionEvent]) -> list[tuple[str, str, s
     ]
 
 
+def in_order(events: collections.abc.Iterable[session_event_pb2.SessionEvent]) -> None:
+    """Check that of each user the end of a session comes before the start of the next."""
+    active: dict[str, str] = {}
+    for event in events:
+        user = event.session.user_id
+        if name(event) == "STARTED":
+            assert user not in active
+            active[user] = event.session.id
+        assert active[user] == event.session.id
+        if name(event) == "ENDED":
+            del active[user]
+
+
 async def failure(watch: Watch) -> replicas.Refusal:
     """Read a watch to its end, and return how it ends."""
     while not isinstance(outcome := await replicas.outcome(watch.next()), replicas.Refusal):

@@ -140,14 +140,22 @@ SELECT origin.known, event.* FROM origin LEFT JOIN LATERAL (
 ORDER BY position
 """)
 
-# The newest event that is past its retention stays: a cursor there has missed nothing.
+# The newest event that is past its retention stays: a cursor there has missed nothing. What was removed before is
+# skipped, unless it is there again because a backup was restored.
 _REMOVE = database.Statement(f"""
-DELETE FROM after_hours_events WHERE position < (
-    SELECT max(position) FROM (
-        SELECT position, placed_at FROM after_hours_events ORDER BY position LIMIT CAST(:most AS bigint) + 1
-    ) AS oldest
-    WHERE placed_at <= (SELECT {fragments.NOW}) - CAST(:retention AS interval)
-)
+WITH since AS MATERIALIZED (
+        SELECT CASE WHEN EXISTS (SELECT FROM after_hours_events WHERE position = :removed)
+            THEN 0 ELSE CAST(:removed AS bigint) END AS removed
+    ),
+    kept AS MATERIALIZED (
+        SELECT max(position) AS position FROM (
+            SELECT position, placed_at FROM after_hours_events
+            WHERE position > (SELECT removed FROM since) ORDER BY position LIMIT CAST(:most AS bigint) + 1
+        ) AS oldest
+        WHERE placed_at <= (SELECT {fragments.NOW}) - CAST(:retention AS interval)
+    )
+DELETE FROM after_hours_events
+WHERE position > (SELECT removed FROM since) AND position < (SELECT position FROM kept)
 RETURNING position
 """)
 
@@ -167,6 +175,8 @@ class Outbox:
 
     def __init__(self, database: database.Database) -> None:
         self._database = database
+        # Every event up to here was removed.
+        self._removed = 0
 
     async def place(self, *, wait: bool = False) -> session.Position:
         """Give positions to the events that are committed, and return the last position.
@@ -225,7 +235,9 @@ class Outbox:
 
         The newest of these stays.
         """
-        return len(await self._database.fetch(_REMOVE, retention=retention, most=most))
+        found = await self._database.fetch(_REMOVE, retention=retention, most=most, removed=self._removed)
+        self._removed = max((row["position"] for row in found), default=self._removed)
+        return len(found)
 
     async def listen(self, wake: asyncio.Event) -> None:
         """Set `wake` whenever events were placed, until the connection is lost or the task is cancelled."""
