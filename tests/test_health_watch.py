@@ -131,6 +131,24 @@ async def test_a_rolling_restart(engines: replicas.Engines) -> None:
     assert len(outcomes) > 10 * len(clients)
 
 
+async def test_watchers_that_never_read_hold_no_thread(engines: replicas.Engines) -> None:
+    """With a dozen watches that never read, and events for them, names are resolved, and other watches go on."""
+    async with replicas.replica(engines) as (service, client), contextlib.AsyncExitStack() as stack:
+        for _ in range(12):
+            await stack.enter_async_context(stuck(service.address))
+        watching = client.sessions.WatchSessions(session_service_pb2.WatchSessionsRequest())
+        await watching.read()
+        await client.put_profile("ada")
+        await client.start("ada")
+        for _ in range(40):
+            await client.extend("ada")
+        async with asyncio.timeout(5):
+            await asyncio.get_running_loop().getaddrinfo("localhost", 1)
+            for _ in range(41):
+                event: typing.Any = await watching.read()
+                assert event.event.session.user_id == "ada"
+
+
 async def test_a_service_that_there_is_not(engines: replicas.Engines) -> None:
     """A service that there is not is NOT_FOUND to a check, SERVICE_UNKNOWN to a watch, and not in the list."""
     async with replicas.replica(engines) as (_, client):

@@ -62,9 +62,9 @@ def _transport(
     # silently take half of the calls.
     options = (*_OPTIONS, ("grpc.so_reuseport", int(shared)))
     if name == "native":
-        import pygrpc_native.aio  # noqa: PLC0415 - an extra of its own
+        from afterhours_grpc.rpc import native  # noqa: PLC0415 - an extra of its own
 
-        return pygrpc_native.aio.server(interceptors=[interceptor], options=options)
+        return native.Server(interceptors=[interceptor], options=options)
     return grpc.aio.server(interceptors=[interceptor], options=(*options, *_OPTIONS_OF_GRPCIO))
 
 
