@@ -69,14 +69,84 @@ async def test_a_client_that_never_reads_delays_no_end(engines: replicas.Engines
         assert time.monotonic() - answered < 1.5
 
 
-async def test_a_watch_of_sessions_ends_with_its_server(engines: replicas.Engines) -> None:
-    """From SIGTERM on a watch that reads is told SHUTTING_DOWN, although another one does not read."""
+async def test_streams_and_connections_end_with_their_server(engines: replicas.Engines) -> None:
+    """From SIGTERM on a watch that reads is told SHUTTING_DOWN, and an idle connection to go away."""
     async with replicas.process(engines) as (process, client), stuck(client.address):
+        host, _, port = client.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(frames.opening() + frames.frame(frames.SETTINGS, flags=frames.ACK))
         watching = client.sessions.WatchSessions(session_service_pb2.WatchSessionsRequest())
         await watching.read()
         process.signal(signal.SIGTERM)
         assert (await replicas.refused(watching.read())).reason == "SHUTTING_DOWN"
+        assert frames.GOAWAY in frames.kinds(await reader.read())
+        writer.transport.abort()
         assert await process.wait() == 0
+
+
+class _Balancer:
+    """Passes connections on to one server, as a balancer does that knows of no calls."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on a connection."""
+        host, _, port = self.target.rpartition(":")
+        others = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(self._pump(reader, others[1]), self._pump(others[0], writer))
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := await source.read(65536):
+                sink.write(chunk)
+        sink.close()
+
+
+async def test_a_rolling_restart(engines: replicas.Engines) -> None:
+    """Clients behind a balancer that retry nothing move to another server when theirs ends, beside a stuck watcher."""
+    outcomes: list[object] = []
+
+    async def load(client: replicas.Client) -> None:
+        while leaving.returncode is None:
+            outcomes.append(await replicas.outcome(client.get("ada")))
+            await asyncio.sleep(0.01)
+        outcomes.append(await client.get("ada"))
+
+    async with replicas.replica(engines) as (service, _), replicas.process(engines) as (process, direct):
+        leaving = typing.cast("asyncio.subprocess.Process", process._process)
+        balancer = _Balancer(direct.address)
+        async with await asyncio.start_server(balancer.connected, "127.0.0.1", 0) as listening, stuck(direct.address):
+            port = listening.sockets[0].getsockname()[1]
+            clients = [replicas.Client(f"127.0.0.1:{port}") for _ in range(8)]
+            loads = [asyncio.create_task(load(client)) for client in clients]
+            await asyncio.sleep(0.3)
+            balancer.target = service.address
+            process.signal(signal.SIGTERM)
+            await asyncio.gather(*loads)
+            await asyncio.gather(*(client.close() for client in clients))
+    refusals = [each for each in outcomes if isinstance(each, replicas.Refusal)]
+    assert {each.reason for each in refusals} <= {"SHUTTING_DOWN"}
+    assert len(refusals) <= 2 * len(clients)
+    assert len(outcomes) > 10 * len(clients)
+
+
+async def test_watchers_that_never_read_hold_no_thread(engines: replicas.Engines) -> None:
+    """With a dozen watches that never read, and events for them, names are resolved, and other watches go on."""
+    async with replicas.replica(engines) as (service, client), contextlib.AsyncExitStack() as stack:
+        for _ in range(12):
+            await stack.enter_async_context(stuck(service.address))
+        watching = client.sessions.WatchSessions(session_service_pb2.WatchSessionsRequest())
+        await watching.read()
+        await client.put_profile("ada")
+        await client.start("ada")
+        for _ in range(40):
+            await client.extend("ada")
+        async with asyncio.timeout(5):
+            await asyncio.get_running_loop().getaddrinfo("localhost", 1)
+            for _ in range(41):
+                event: typing.Any = await watching.read()
+                assert event.event.session.user_id == "ada"
 
 
 async def test_a_service_that_there_is_not(engines: replicas.Engines) -> None:

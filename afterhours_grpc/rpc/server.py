@@ -1,5 +1,7 @@
 """The gRPC server: our services behind the boundary, health and reflection beside them."""
 
+import asyncio
+import time
 import typing
 
 import grpc
@@ -13,7 +15,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from afterhours_grpc.events import feed
-from afterhours_grpc.rpc import auth, certificates, cursors, health, interceptors, servicers, wire
+from afterhours_grpc.rpc import auth, certificates, cursors, goaway, health, interceptors, servicers, wire
 from afterhours_grpc.sessions import listing, service
 
 NAMES = (
@@ -47,6 +49,8 @@ _OPTIONS_OF_GRPCIO = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10 * _SECOND),
     ("grpc.http2.max_ping_strikes", 2),
 )
+# Seconds between two rounds of GOAWAY in a drain: new connections get it, too.
+_GOAWAY_INTERVAL = 0.05
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 
@@ -58,9 +62,9 @@ def _transport(
     # silently take half of the calls.
     options = (*_OPTIONS, ("grpc.so_reuseport", int(shared)))
     if name == "native":
-        import pygrpc_native.aio  # noqa: PLC0415 - an extra of its own
+        from afterhours_grpc.rpc import native  # noqa: PLC0415 - an extra of its own
 
-        return pygrpc_native.aio.server(interceptors=[interceptor], options=options)
+        return native.Server(interceptors=[interceptor], options=options)
     return grpc.aio.server(interceptors=[interceptor], options=(*options, *_OPTIONS_OF_GRPCIO))
 
 
@@ -89,6 +93,7 @@ class Server:
         self._boundary = interceptors.Boundary(NAMES, authenticate)
         self._encryption = encryption
         self._feed = feed
+        self._goaway: goaway.GoAway | None = None
         self._server = _transport(transport, self._boundary, shared=shared)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(
             servicers.SessionServicer(sessions, lists, feed, durations, pages), self._server
@@ -125,6 +130,8 @@ class Server:
         except RuntimeError:  # its text is a page of the library's own
             raise OSError(f"cannot listen on {address}") from None
         await self._server.start()
+        # TLS knows no bytes beside its own.
+        self._goaway = None if self._encryption else goaway.GoAway(bound)
         return bound
 
     def serving(self, does: bool) -> None:
@@ -134,12 +141,24 @@ class Server:
     async def drain(self, pause: float) -> None:
         """Say NOT_SERVING, refuse calls and end watches; return after `pause` seconds and once no call is in flight.
 
-        Streams are not waited for: a client that does not read delays nothing.
+        Clients are told to go to other servers. Streams are not waited for: a client that does not read delays nothing.
         """
         self._health.drain()
         self._boundary.drain()
         self._feed.drain()
-        await self._boundary.idle_for(pause)
+        going = asyncio.create_task(self._send_goaway())
+        try:
+            await self._boundary.idle_for(pause)
+        finally:
+            going.cancel()
+
+    async def _send_goaway(self) -> None:
+        """Send GOAWAY to every connection, new ones too, until cancelled."""
+        while self._goaway:
+            began = time.monotonic()
+            self._goaway.send()
+            # With thousands of connections a round takes long, and the calls in flight need the time.
+            await asyncio.sleep(max(_GOAWAY_INTERVAL, 10 * (time.monotonic() - began)))
 
     async def stop(self) -> None:
         """Close the port, and cancel what still comes in. Idempotent."""
