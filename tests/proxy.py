@@ -29,24 +29,12 @@ class Proxy:
         self.garble_replies = False
         self._budget: int | None = None
         self.cuts = 0
-        # How many connections were made, and how many of these, the first ones, are stranded.
-        self.connected = 0
-        self._stranded = 0
 
     @property
     def url(self) -> str:
         """The engine's URL, by way of the proxy."""
         account = self._target.netloc.rpartition("@")[0]
         return self._target._replace(netloc=f"{account}@127.0.0.1:{self._port}").geturl()
-
-    @property
-    def address(self) -> str:
-        """Host and port of the proxy."""
-        return f"127.0.0.1:{self._port}"
-
-    def strand(self) -> None:
-        """Lose what is sent on the connections that there are, as if the engine had vanished; new ones are served."""
-        self._stranded = self.connected
 
     def swallow(self, does: bool = True) -> None:
         """Fall silent in both directions, or speak again; what was swallowed is lost."""
@@ -89,13 +77,11 @@ class Proxy:
         connection.add_done_callback(lambda _: writer.transport.abort())
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connected += 1
-        number = self.connected
         with contextlib.suppress(OSError):
             engine, to_engine = await asyncio.open_connection(self._target.hostname, self._target.port)
             pumps = [
-                asyncio.create_task(self._pump(number, reader, to_engine, self._request)),
-                asyncio.create_task(self._pump(number, engine, writer, self._reply)),
+                asyncio.create_task(self._pump(reader, to_engine, self._request)),
+                asyncio.create_task(self._pump(engine, writer, self._reply)),
             ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -107,16 +93,13 @@ class Proxy:
 
     async def _pump(
         self,
-        number: int,
         source: asyncio.StreamReader,
         sink: asyncio.StreamWriter,
         change: collections.abc.Callable[[bytes], collections.abc.Awaitable[bytes]],
     ) -> None:
         while chunk := await source.read(_CHUNK):
-            changed = await change(chunk)
-            if number > self._stranded:
-                sink.write(changed)
-                await sink.drain()
+            sink.write(await change(chunk))
+            await sink.drain()
 
     async def _request(self, chunk: bytes) -> bytes:
         await asyncio.sleep(self.delay_requests)
