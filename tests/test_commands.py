@@ -189,19 +189,14 @@ async def test_a_transport_that_is_not_installed_is_refused(engines: replicas.En
 
 
 async def test_serve_refuses_a_database_that_it_cannot_use(engines: replicas.Engines, empty: str) -> None:
-    """An empty database, one that there is not, a wrong password and a nonsensical URL are refused in one line."""
-    wrong = urllib.parse.urlsplit(engines.database_url)
+    """An empty database and a nonsensical URL are refused in one line."""
     urls = {
         "afterhours-grpc migrate": empty,
-        "DATABASE_URL cannot be used": changed(engines.database_url, path="/nowhere"),
-        "DATABASE_URL cannot be used ": changed(
-            engines.database_url, netloc=f"{wrong.username}:{SECRET}@127.0.0.1:{wrong.port}"
-        ),
-        "DATABASE_URL cannot be used  ": f"postgresql://ada:{SECRET}@localhost:port/afterhours",
+        "DATABASE_URL cannot be used": f"postgresql://ada:{SECRET}@localhost:port/afterhours",
     }
     ended = await asyncio.gather(*(run("serve", env=engines.environment(DATABASE_URL=url)) for url in urls.values()))
     for told, each in zip(urls, ended, strict=True):
-        assert told.strip() in each.refusal()
+        assert told in each.refusal()
 
 
 @pytest.mark.store
@@ -237,8 +232,13 @@ async def waiting(
         await other.execute(f"SELECT pg_advisory_lock({schema._ADVISORY_LOCK})")
         silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         silence = f"postgresql://ada:{SECRET}@127.0.0.1:{silent.getsockname()[1]}/ada"
+        server = urllib.parse.urlsplit(place).netloc.rpartition("@")[2]
+        stranger = f"postgresql://afterhours:{SECRET}@{server}/waiting"
         started = {
             "serve, nobody there": begin("serve", env=GOOD),
+            "serve, no database": begin("serve", env={**GOOD, "DATABASE_URL": f"{place}/nowhere"}),
+            "serve, a wrong password": begin("serve", env={**GOOD, "DATABASE_URL": stranger}),
+            "migrate, a wrong password": begin("migrate", env={"DATABASE_URL": stranger}),
             "serve, silence": begin("serve", env={**GOOD, "DATABASE_URL": silence}),
             "migrate, a table locked": begin("migrate", env={"DATABASE_URL": f"{place}/waiting"}),
             "migrate, another migration": begin("migrate", env={"DATABASE_URL": f"{place}/waiting_empty"}),
@@ -305,25 +305,18 @@ async def test_migrate_is_safe_to_run_again_and_at_once(engines: replicas.Engine
 
 
 async def test_migrate_refuses_a_database_that_it_cannot_use(empty: str) -> None:
-    """Migrate without a database, with a wrong password, or without the right to create tables, says so in one line."""
+    """Migrate without a database, or without the right to create tables, says so in one line, at once."""
     role = f"reader_{next(_numbers)}"
-    parts = urllib.parse.urlsplit(empty)
-    as_reader = changed(empty, netloc=f"{role}:{SECRET}@127.0.0.1:{parts.port}")
+    as_reader = changed(empty, netloc=f"{role}:{SECRET}@127.0.0.1:{urllib.parse.urlsplit(empty).port}")
     async with connected(empty) as administrator:
         await administrator.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{SECRET}'")
         await administrator.execute("REVOKE CREATE ON SCHEMA public FROM public")
         try:
-            unset, wrong, reader = await asyncio.gather(
-                run("migrate"),
-                run("migrate", env={"DATABASE_URL": changed(as_reader, netloc=f"{role}:no@127.0.0.1:{parts.port}")}),
-                run("migrate", env={"DATABASE_URL": as_reader}),
-            )
+            unset, reader = await asyncio.gather(run("migrate"), run("migrate", env={"DATABASE_URL": as_reader}))
         finally:
             await administrator.execute(f"DROP ROLE {role}")
     assert "DATABASE_URL" in unset.refusal()
-    assert "Traceback" not in wrong.err + reader.err
-    assert "DATABASE_URL" in wrong.refusal()
-    reader.refusal()
+    assert "InsufficientPrivilegeError" in reader.refusal()
 
 
 @pytest.mark.parametrize("command", ["migrate", "erase-user ada --reference case-1"])
@@ -616,7 +609,9 @@ async def test_dev_without_an_engine(tmp_path: pathlib.Path) -> None:
 async def test_what_is_not_to_be_had_is_waited_for_and_then_refused(
     waiting: dict[str, "subprocess.Popen[str]"],
 ) -> None:
-    """Serve waits for a Postgres, and migrate for a lock, for 10 s, and then says so in one line."""
+    """What may pass, such as a silence, a wrong password or a lock, is waited for for 10 s, and told in one line."""
     for name, process in waiting.items():
         ended = await asyncio.to_thread(finished, process)
-        assert ("DATABASE_URL" if name.startswith("serve") else "lock") in ended.refusal(), name
+        assert ("lock" if name in {"migrate, a table locked", "migrate, another migration"} else "DATABASE_URL") in (
+            ended.refusal()
+        ), name

@@ -39,6 +39,12 @@ _HEAD_START = 0.5
 # has all of these options.
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
 
+READ_ONLY = "25006"
+# The server's classes of being away: connection exception, invalid authorization, invalid catalog name, insufficient
+# resources, operator intervention (also a statement that the server cancelled), a primary that became read-only, and a
+# transaction that was idle for too long, since this process was stopped.
+AWAY = ("08", "28", "3D", "53", "57", READ_ONLY, "25P03")
+
 # Whatever keeps a connection from being made or used.
 FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
@@ -53,8 +59,8 @@ class CannotConnect(Exception):
     """No server can be used, which may pass; the message is one line and says what to do."""
 
 
-class BadUrl(CannotConnect):
-    """DATABASE_URL cannot be used until it is changed."""
+class Misconfigured(CannotConnect):
+    """No server can be used until DATABASE_URL or the server is changed."""
 
 
 class ReadOnlyError(ConnectionError):
@@ -160,7 +166,8 @@ def explained() -> collections.abc.Iterator[None]:
 
 def cannot_connect(cause: BaseException) -> CannotConnect:
     """Return the error for what keeps Postgres from being used."""
-    kind = BadUrl if _is_about_url(cause) else CannotConnect
+    refused = isinstance(cause, asyncpg.PostgresError) and not (cause.sqlstate or "").startswith(AWAY)
+    kind = Misconfigured if refused or _is_about_url(cause) else CannotConnect
     return kind(f"Postgres at DATABASE_URL cannot be used ({type(cause).__name__}): {_advice(cause)}")
 
 

@@ -20,10 +20,6 @@ LOCK_TIMEOUT = 0.1
 # Seconds for which a command that starts waits for a server that it can use.
 _PATIENCE = 10.0
 
-# The server's classes of being away: connection exception, invalid authorization, invalid catalog name, insufficient
-# resources, operator intervention (also a statement that the server cancelled), a primary that became read-only, and a
-# transaction that was idle for too long, since this process was stopped.
-_AWAY = ("08", "28", "3D", "53", "57", pool.READ_ONLY, "25P03")
 # Nothing is wrong with the statement, it met another: serialization failure, deadlock, lock not available.
 _MET_ANOTHER = ("40001", "40P01", "55P03")
 
@@ -129,20 +125,25 @@ class Database:
     ) -> list[Row]:
         known = {**parameters, "clock_offset": self.clock_offset}
         # Prepared first, for that takes round trips when a connection is new, and deadlines are near.
-        prepared = await connection.prepare(statement.sql)
+        prepared = connection.prepared.get(statement.sql)
+        if prepared is None:
+            prepared = connection.prepared[statement.sql] = await connection.driver.prepare(statement.sql)
         if "deadlines" in known:
             known.update(_patience(known["deadlines"]))
         try:
             rows: list[Row] = await prepared.fetch(*[known[name] for name in statement.names])
         except asyncpg.InvalidCachedStatementError:  # a migration came between
-            connection.forget()
+            connection.prepared.clear()
             raise
         self.answered_at = time.monotonic()
         return rows
 
 
 async def patiently(do: collections.abc.Callable[[], collections.abc.Awaitable[Result]]) -> Result:
-    """Return what `do` returns, trying for 10 s to find a server for it. Raise CannotConnect, and BadUrl at once."""
+    """Return what `do` returns, trying for 10 s to find a server for it.
+
+    Raise CannotConnect, Misconfigured at once, and whatever else `do` raises.
+    """
     async for attempt in tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(_may_pass),
         wait=tenacity.wait_fixed(0.2),
@@ -158,7 +159,7 @@ async def patiently(do: collections.abc.Callable[[], collections.abc.Awaitable[R
 
 
 def _may_pass(error: BaseException) -> bool:
-    return isinstance(error, connections.CannotConnect) and not isinstance(error, connections.BadUrl)
+    return isinstance(error, connections.CannotConnect) and not isinstance(error, connections.Misconfigured)
 
 
 @contextlib.contextmanager
@@ -167,7 +168,7 @@ def _away_is_unavailable() -> collections.abc.Iterator[None]:
         yield
     except asyncpg.PostgresError as error:
         state = error.sqlstate or ""
-        if state.startswith(_AWAY):
+        if state.startswith(connections.AWAY):
             raise errors.StoreUnavailable from error
         stale = isinstance(error, asyncpg.InvalidCachedStatementError)
         if stale or state in _MET_ANOTHER or error.as_dict().get("constraint_name") == "after_hours_requests_pkey":

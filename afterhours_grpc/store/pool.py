@@ -21,8 +21,6 @@ _LISTEN_CHECK = 1.0
 # Seconds after which an idle connection is closed.
 _MAX_IDLE = 60.0
 
-READ_ONLY = "25006"
-
 
 class Connection:
     """A connection to the server at `host`; `driver` is the driver's."""
@@ -33,18 +31,8 @@ class Connection:
         self.generation = generation
         # In seconds of time.monotonic(). It is made to a server that accepts writes.
         self.checked = self.released = time.monotonic()
-        self._prepared: dict[str, asyncpg.prepared_stmt.PreparedStatement] = {}
-
-    async def prepare(self, sql: str) -> asyncpg.prepared_stmt.PreparedStatement:
-        """Return the prepared statement for `sql`, which takes round trips the first time."""
-        prepared = self._prepared.get(sql)
-        if prepared is None:
-            prepared = self._prepared[sql] = await self.driver.prepare(sql)
-        return prepared
-
-    def forget(self) -> None:
-        """Prepare every statement again when it is used next."""
-        self._prepared.clear()
+        # By their SQL.
+        self.prepared: dict[str, asyncpg.prepared_stmt.PreparedStatement] = {}
 
 
 class Pool:
@@ -88,7 +76,7 @@ class Pool:
                 try:
                     yield connection
                 except asyncpg.PostgresError as error:
-                    if error.sqlstate == READ_ONLY:
+                    if error.sqlstate == connections.READ_ONLY:
                         self._leave(connection, "read_only")
                     raise
                 except BaseException:  # a cancellation, too
@@ -122,12 +110,14 @@ class Pool:
             connection.driver.terminate()
 
     async def _open(self) -> Connection:
-        # The one used last, whose memory and plans are warm; those at the other end grow old.
-        while self._idle and time.monotonic() - self._idle[0].released > _MAX_IDLE:
+        now = time.monotonic()
+        while self._idle and now - self._idle[0].released > _MAX_IDLE:
             self._idle.pop(0).driver.terminate()
         while self._idle:
+            # The one used last, whose memory and plans are warm.
             connection = self._idle.pop()
-            if await self._good(connection):
+            fresh = now - connection.checked < _CHECKED_FOR and not connection.driver.is_closed()
+            if fresh or await self._good(connection):
                 return connection
         return await self._connect()
 
@@ -137,11 +127,9 @@ class Pool:
         return Connection(driver, host, generation)
 
     async def _good(self, connection: Connection) -> bool:
-        """Whether a connection can be used; if it cannot, it is closed."""
+        """Ask the server whether a connection can be used; if it cannot, it is closed."""
         if connection.driver.is_closed():
             return False
-        if time.monotonic() - connection.checked < _CHECKED_FOR:
-            return True
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
                 await connections.check(connection.driver)
