@@ -127,22 +127,26 @@ class _AsyncRenewable(redis.asyncio.connection.AbstractConnection):
     def __init__(self, *, server: Server, **options: typing.Any) -> None:
         super().__init__(**options)
         self._server = server
-        self._connected_at = float("-inf")
+        # None until the handshake is over: a server that takes no more connections is not one to leave.
+        self._connected_at: float | None = None
 
     async def connect(self) -> None:
-        if self._server.left_since(self._connected_at):
+        if self._connected_at is not None and self._server.left_since(self._connected_at):
             await self.disconnect(nowait=True)
         await super().connect()
+        if self._connected_at is None:
+            self._connected_at = time.monotonic()
 
     async def _connect(self) -> None:
-        self._connected_at = time.monotonic()
+        self._connected_at = None
         await super()._connect()  # type: ignore[safe-super] # of the class that this is mixed into
 
     async def read_response(self, *arguments: typing.Any, **options: typing.Any) -> typing.Any:
         try:
             return await super().read_response(*arguments, **options)
         except redis.RedisError as error:
-            self._server.note(error)
+            if self._connected_at is not None:
+                self._server.note(error)
             raise
 
 
@@ -180,28 +184,32 @@ class _Renewable(redis.connection.AbstractConnection):
     def __init__(self, *, server: Server, **options: typing.Any) -> None:
         super().__init__(**options)
         self._server = server
-        self._connected_at = float("-inf")
+        # None until the handshake is over: a server that takes no more connections is not one to leave.
+        self._connected_at: float | None = None
 
     def connect(self) -> None:
-        if self._server.left_since(self._connected_at):
+        if self._connected_at is not None and self._server.left_since(self._connected_at):
             self.disconnect()
         super().connect()
+        if self._connected_at is None:
+            self._connected_at = time.monotonic()
 
     def _connect(self) -> typing.Any:
-        self._connected_at = time.monotonic()
+        self._connected_at = None
         return super()._connect()  # type: ignore[safe-super] # of the class that this is mixed into
 
     def read_response(self, *arguments: typing.Any, **options: typing.Any) -> typing.Any:
         try:
             return super().read_response(*arguments, **options)
         except redis.RedisError as error:
-            self._server.note(error)
+            if self._connected_at is not None:
+                self._server.note(error)
             raise
 
 
 class _TCP(_Renewable, redis.Connection):
     def _connect(self) -> socket.socket:
-        self._connected_at = time.monotonic()
+        self._connected_at = None
         addresses = [self.host]
         if not _is_address(self.host):
             addresses = self._server.resolve(self.host, self.port).result(self.socket_connect_timeout)
