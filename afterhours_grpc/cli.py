@@ -19,7 +19,7 @@ from afterhours_grpc import app as service_app
 from afterhours_grpc import doctor as examination
 from afterhours_grpc.embedded import postgres, process, redis
 from afterhours_grpc.flags import refuse, with_settings
-from afterhours_grpc.sessions import session
+from afterhours_grpc.sessions import location, session
 from afterhours_grpc.store import connections, database, schema, store
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ app.add_typer(calls.app, name="call")
 app.add_typer(administration.app)
 
 DEMO = session.UserId("demo")
+# Seconds between two looks at the engines of dev.
+_LOOK = 0.5
 
 
 @app.command()
@@ -71,10 +73,9 @@ def dev(
     """Serve on a Postgres and a Redis of its own, with a profile for the user demo."""
     directory = (data_dir or _data_dir()).resolve()
     try:
-        flags = {"AFTERHOURS_AUTH": "none", "AFTERHOURS_FUZZ_KEY": _fuzz_key(directory), **flags}
-        bindir = settings.load(flags).postgres_bin
+        flags = {**_defaults(settings.load(flags), directory), **flags}
         with (
-            postgres.Postgres(directory / "postgres", bindir=bindir) as truth,
+            postgres.Postgres(directory / "postgres", bindir=settings.load(flags).postgres_bin) as truth,
             redis.Redis(directory / "redis") as timers,
         ):
             flags = {**flags, "DATABASE_URL": truth.url, "REDIS_URL": timers.url}
@@ -82,13 +83,11 @@ def dev(
             config.check()
             console = _console(config)
             console.print(f"data      {directory}\nPostgres  {truth.url}\nRedis     {timers.url}")
-            failed = asyncio.run(_dev(config, flags, console, truth.url))
+            failed = asyncio.run(_dev(config, flags, console, truth, timers))
     except (process.EngineError, settings.SettingsError, service_app.StartError) as error:
         refuse(error)
     except (schema.SchemaError, connections.CannotConnect) as error:
         refuse(error)
-    except OSError as error:
-        refuse(f"{directory} cannot be used ({error.strerror}): choose another by --data-dir")
     raise typer.Exit(failed)
 
 
@@ -125,27 +124,62 @@ def _data_dir() -> pathlib.Path:
     return pathlib.Path("/var/lib/afterhours") if os.geteuid() == 0 else pathlib.Path.home() / ".local/share/afterhours"
 
 
+def _defaults(given: settings.Settings, directory: pathlib.Path) -> dict[str, str]:
+    """Return the settings of `dev` that nobody gave. Raise SettingsError."""
+    for name, listen in (("AFTERHOURS_LISTEN", given.listen), ("AFTERHOURS_METRICS_LISTEN", given.metrics_listen)):
+        if listen and not listen.on_loopback:
+            raise settings.SettingsError(f"{name} of dev must be a loopback address, such as 127.0.0.1:0: see `serve`")
+    defaults = {} if "auth" in given.model_fields_set else {"AFTERHOURS_AUTH": "none"}
+    return defaults if given.fuzz_key else {**defaults, "AFTERHOURS_FUZZ_KEY": _fuzz_key(directory)}
+
+
 def _fuzz_key(directory: pathlib.Path) -> str:
-    """Give the fuzz key that is kept with the data, made at the first run."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Return the fuzz key that is kept with the data, made at the first run. Raise SettingsError."""
     kept = directory / "fuzz_key"
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"1:{secrets.token_urlsafe(32)}")
-    return kept.read_text()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not kept.exists():
+            # Linked when it is written, so that nobody reads half a key, whoever is killed or runs at the same time.
+            draft = directory / f"fuzz_key.{os.getpid()}"
+            process.write_private(draft, f"1:{secrets.token_urlsafe(32)}")
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, kept)
+            draft.unlink()
+        text = kept.read_text()
+        location.FuzzKey.parse(text)
+    except OSError as error:
+        told = f"{directory} cannot be used ({error.strerror}): choose another by --data-dir"
+        raise settings.SettingsError(told) from error
+    except ValueError:
+        raise settings.SettingsError(f"{kept} is damaged: put it back, or remove it, which moves everyone") from None
+    return text
 
 
-async def _dev(config: settings.Settings, flags: dict[str, str], console: output.Console, url: str) -> int:
-    await schema.migrate(url)
-    db = database.Database(url)
+async def _dev(
+    config: settings.Settings,
+    flags: dict[str, str],
+    console: output.Console,
+    truth: postgres.Postgres,
+    timers: redis.Redis,
+) -> int:
+    """Serve until SIGTERM or SIGINT, and return the exit status. Raise EngineError when an engine ends before."""
+    await schema.migrate(truth.url)
+    db = database.Database(truth.url)
     try:
         profiles = store.Store(db)
         if not await profiles.get_profiles([DEMO]):
             await profiles.put_profile(session.Profile(DEMO, identity_verified=True, location_consent=True))
     finally:
         await db.close()
-    return await serving.serve(config, flags, console, _greeting)
+    serve = asyncio.create_task(serving.serve(config, flags, console, _greeting))
+    while not serve.done():
+        await asyncio.wait({serve}, timeout=_LOOK)
+        for name, engine in (("Postgres", truth), ("Redis", timers)):
+            if not engine.alive and not serve.done():
+                serve.cancel()
+                await asyncio.wait({serve})
+                raise process.EngineError(f"the {name} of dev ended: start dev again (log: {engine.log})")
+    return serve.result()
 
 
 def _greeting(address: str) -> str:

@@ -74,9 +74,11 @@ class Authority:
             not_valid_after=now + datetime.timedelta(hours=1),
         )
 
-    def issue(self, name: str, *sans: x509.GeneralName) -> tuple[pathlib.Path, pathlib.Path]:
+    def issue(
+        self, name: str, *sans: x509.GeneralName, curve: ec.EllipticCurve | None = None
+    ) -> tuple[pathlib.Path, pathlib.Path]:
         """Issue a certificate: the files of it and of its key."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = ec.generate_private_key(curve or ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         built = self._builder(subject, key.public_key()).add_extension(x509.SubjectAlternativeName(sans), False)
         files = self._folder / f"{name}.crt", self._folder / f"{name}.key"

@@ -110,9 +110,11 @@ async def test_the_blocking_client(engines: replicas.Engines) -> None:
 
 
 def _beginning() -> str:
-    from afterhours_grpc.rpc import cursors  # noqa: PLC0415 - a client has no cursor before its first event
+    # A client has no cursor before its first event.
+    from afterhours_grpc.rpc import cursors  # noqa: PLC0415
+    from afterhours_grpc.sessions import session  # noqa: PLC0415
 
-    return cursors.encode(0)
+    return cursors.encode(session.BEGINNING)
 
 
 async def test_calls_go_on_while_servers_come_and_go(engines: replicas.Engines) -> None:

@@ -500,8 +500,9 @@ async def test_nobody_listens() -> None:
 class Dev:
     """A running `dev`, and the lines that it printed for people to run."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.process = begin("dev", "--data-dir", str(directory), "--listen", "127.0.0.1:0", cwd=directory.parent)
+    def __init__(self, directory: pathlib.Path, **settings: str) -> None:
+        words = ("dev", "--data-dir", str(directory), "--listen", "127.0.0.1:0")
+        self.process = begin(*words, env=settings, cwd=directory.parent)
         self.directory = directory
         self.address = ""
         self.lines: list[str] = []
@@ -542,9 +543,9 @@ class Dev:
 
 
 @contextlib.asynccontextmanager
-async def dev(directory: pathlib.Path) -> collections.abc.AsyncIterator[Dev]:
+async def dev(directory: pathlib.Path, **settings: str) -> collections.abc.AsyncIterator[Dev]:
     """Run `dev`; whatever happens, it is gone afterwards."""
-    running = Dev(directory)
+    running = Dev(directory, **settings)
     try:
         yield await running.ready()
     finally:
@@ -592,6 +593,37 @@ async def test_dev_leaves_nothing_behind_when_killed(tmp_path: pathlib.Path) -> 
         client = replicas.Client(running.address)
         assert (await client.get("demo")).session.id == session.id
         await client.close()
+
+
+async def test_dev_keeps_to_the_environment_and_ends_with_its_engines(tmp_path: pathlib.Path) -> None:
+    """Who sets AFTERHOURS_AUTH for dev gets it; when an engine dies, dev ends with status 1 and says which."""
+    async with dev(tmp_path / "data", AFTERHOURS_AUTH="jwt", AFTERHOURS_JWT_SECRET=keys.SECRET) as running:
+        async with replicas.Client(running.address) as anybody, replicas.Client(running.address, keys.token()) as ada:
+            assert (await replicas.refused(anybody.get("demo"))).reason == "UNAUTHENTICATED"
+            assert not (await ada.get("")).active
+        [truth] = [
+            each for each in running.engines() if each.ppid() == running.process.pid and "postgres" in each.name()
+        ]
+        truth.kill()
+        ended = await asyncio.to_thread(finished, running.process)
+    assert ended.status == 1
+    assert "Postgres of dev ended" in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
+
+
+async def test_dev_is_for_this_machine_and_keeps_its_key(tmp_path: pathlib.Path) -> None:
+    """It listens on loopback alone, and a damaged key is named, not replaced: another one would move everyone."""
+    (tmp_path / "fuzz_key").touch()
+    directory = ("dev", "--data-dir", str(tmp_path))
+    jwt = ("--auth", "jwt", "--jwt-secret", keys.SECRET)
+    calls, metrics, damaged = await asyncio.gather(
+        run(*directory, *jwt, "--listen", "0.0.0.0:0"),
+        run(*directory, *jwt, "--metrics-listen", "[::]:0"),
+        run(*directory),
+    )
+    assert "AFTERHOURS_LISTEN" in calls.refusal()
+    assert "AFTERHOURS_METRICS_LISTEN" in metrics.refusal()
+    assert str(tmp_path / "fuzz_key") in damaged.refusal()
 
 
 async def test_dev_without_an_engine(tmp_path: pathlib.Path) -> None:

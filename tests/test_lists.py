@@ -183,6 +183,11 @@ async def test_active_with_a_least_remaining_time(engines: replicas.Engines) -> 
         service.database.clock_offset = datetime.timedelta(seconds=3)
         assert await listed() == ["bob", "eve"]
         assert await listed(min_remaining=length(minutes=15)) == ["eve"]
+        # Extended again and again, a session may run for longer than anybody lives.
+        await engines.rows("UPDATE after_hours_sessions SET expires_at = started_at + interval '150 years'")
+        assert await listed(min_remaining=length(days=149 * 365)) == ["ada", "bob", "eve"]
+        assert await listed(min_remaining=length(days=151 * 366)) == []
+        assert await listed(min_remaining=duration_pb2.Duration(seconds=315_576_000_000, nanos=999_999_999)) == []
 
 
 async def test_page_tokens(engines: replicas.Engines) -> None:

@@ -10,6 +10,9 @@ import keys
 import pytest
 import replicas
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from afterhours_grpc import app
 
 GATEWAY, ADA, STRANGER = "spiffe://corp/gateway", "ada", "spiffe://corp/stranger"
 
@@ -155,6 +158,22 @@ async def test_a_name_counts_whole_and_by_its_kind(
             refused = await told(name, san)
             assert isinstance(refused, replicas.Refusal), name
             assert refused.reason == "UNAUTHENTICATED", name
+
+
+async def test_a_key_that_grpc_does_not_know(engines: replicas.Engines, authority: keys.Authority) -> None:
+    """At the start it is refused as what it is, and later it leaves what was there."""
+    odd_certificate, odd_key = authority.issue("odd", x509.DNSName("localhost"), curve=ec.SECP256K1())
+    settings = tls(authority)
+    certificate, key = settings["AFTERHOURS_TLS_CERT"], settings["AFTERHOURS_TLS_KEY"]
+    odd = {"AFTERHOURS_TLS_CERT": str(odd_certificate), "AFTERHOURS_TLS_KEY": str(odd_key)}
+    with pytest.raises(app.StartError, match=str(odd_key)):
+        async with replicas.replica(engines, **{**settings, **odd}):
+            pass
+    async with replicas.replica(engines, **settings) as (service, _):
+        shutil.copy(odd_certificate, certificate)
+        shutil.copy(odd_key, key)
+        async with replicas.Client(service.address, keys.token(), authority.trusting()) as client:
+            assert not (await client.get("")).active
 
 
 async def test_what_cannot_be_served_is_refused(

@@ -46,6 +46,11 @@ class Postgres:
         self.url = ""
 
     @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._engine.alive
+
+    @property
     def pid(self) -> int:
         """Process id of the postmaster, 0 before the first start."""
         return self._engine.pid

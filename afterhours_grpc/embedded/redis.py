@@ -35,6 +35,11 @@ class Redis:
         self.url = ""
 
     @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._engine.alive
+
+    @property
     def pid(self) -> int:
         """Process id of the server, 0 before the first start."""
         return self._engine.pid

@@ -10,6 +10,7 @@ import typing
 import grpc
 import structlog
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from afterhours_grpc.rpc import auth
 from afterhours_grpc.sessions import errors
@@ -57,6 +58,7 @@ class Encryption:
             if self._client_ca:
                 context.load_verify_locations(self._client_ca)
             pair = self._key.read_bytes(), self._certificate.read_bytes()
+            _check_algorithm(pair[1])
             return grpc.ssl_server_certificate_configuration(
                 [pair], self._client_ca.read_bytes() if self._client_ca else None
             )
@@ -86,6 +88,16 @@ class Encryption:
         except OSError:
             return None
         return [(each.st_mtime_ns, each.st_size, each.st_ino) for each in found]
+
+
+def _check_algorithm(chain: bytes) -> None:
+    """Raise ValueError for a key that grpc refuses: it would say that the address cannot be listened on."""
+    match x509.load_pem_x509_certificate(chain).public_key():
+        case rsa.RSAPublicKey() | ed25519.Ed25519PublicKey():
+            return
+        case ec.EllipticCurvePublicKey(curve=ec.SECP256R1() | ec.SECP384R1() | ec.SECP521R1()):
+            return
+    raise ValueError("the key is of no kind that grpc knows")
 
 
 def _no_password() -> str:

@@ -15,9 +15,8 @@ from afterhours_grpc.sessions import listing, session
 _MOST_USERS = 1000
 _PAGE, _LONGEST_PAGE = 50, 1000
 _LEAST_METERS, _MOST_METERS = 1.0, 200_000.0
-# The longest that google.protobuf.Duration allows, and more than any session runs.
+# The longest that google.protobuf.Duration allows.
 _LONGEST_SECONDS = 315_576_000_000
-_FOREVER = datetime.timedelta(days=36_500)
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
 
@@ -62,8 +61,8 @@ def _page(form: wire.Form, request: message.Message, pages: cursors.Pages, calle
 def _min_remaining(form: wire.Form, value: duration_pb2.Duration) -> datetime.timedelta:
     good = 0 <= value.seconds <= _LONGEST_SECONDS and 0 <= value.nanos < 10**9
     form.must(good, "min_remaining", "must be a valid Duration that is not negative")
-    if not good or value.seconds >= _FOREVER.total_seconds():
-        return _FOREVER
+    if not good:
+        return datetime.timedelta()
     return datetime.timedelta(seconds=value.seconds, microseconds=-(-value.nanos // 1000))
 
 
