@@ -1,8 +1,8 @@
 """Clients of Redis, as every part of the service uses them.
 
 They differ from redis-py's own in two points. A name is resolved outside the event loop's executor and within the
-connection's timeout, however long the name server is silent. And connections are not kept to a server that failed or
-that is no longer a primary: the name may lead to another one by now.
+connection's timeout, however long the name server is silent. And connections to a server that failed,
+or that is no longer a primary, are closed: by now the name may stand for another server.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class Server:
         return redis.asyncio.Redis.from_pool(self.pool(connections=connections, timeout=timeout))
 
     def pool(self, *, connections: int, timeout: float) -> redis.asyncio.ConnectionPool:
-        """Return connections for such a client. Whoever finds all of them in use waits for one, as long as that."""
+        """Return a pool of connections for such a client. When all are in use, the wait for one is as long, too."""
         connection: type[redis.asyncio.Connection | redis.asyncio.UnixDomainSocketConnection] = (
             _AsyncUnix if self._scheme == "unix" else _AsyncTLS if self._scheme == "rediss" else _AsyncTCP
         )
@@ -84,7 +84,7 @@ class Server:
         }
 
     def resolve(self, host: str, port: int) -> concurrent.futures.Future[list[str]]:
-        """Return the future of a host's addresses, which all who ask meanwhile share."""
+        """Return the future of a host's addresses. At any time one thread resolves it, for all clients."""
         with self._lock:
             resolving = self._resolving.get((host, port))
             if resolving is None or resolving.done():
@@ -93,7 +93,7 @@ class Server:
         return resolving
 
     def note(self, error: redis.RedisError) -> None:
-        """Leave the server if the error says that it failed, or that it is not to be written to."""
+        """Have all connections replaced if the error means that the server failed or takes no writes."""
         code = error.status_code or str(error).partition(" ")[0]
         lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
         # Redis 6 has the code of what failed in a script in the middle of its text.
@@ -101,7 +101,7 @@ class Server:
             self._left_at = time.monotonic()
 
     def left_since(self, connected_at: float) -> bool:
-        """Whether the server was left after a connection to it was made."""
+        """Whether connections were to be replaced since one was made."""
         return connected_at <= self._left_at
 
 
@@ -122,12 +122,12 @@ def _is_address(host: str) -> bool:
 
 
 class _AsyncRenewable(redis.asyncio.connection.AbstractConnection):
-    """A connection that is made again before its next use once its server was left."""
+    """A connection that is replaced before its next use if `Server.note` says so."""
 
     def __init__(self, *, server: Server, **options: typing.Any) -> None:
         super().__init__(**options)
         self._server = server
-        # None until the handshake is over: a server that takes no more connections is not one to leave.
+        # None until the handshake is over: a server that takes no more connections is still good for the others.
         self._connected_at: float | None = None
 
     async def connect(self) -> None:
@@ -184,7 +184,7 @@ class _Renewable(redis.connection.AbstractConnection):
     def __init__(self, *, server: Server, **options: typing.Any) -> None:
         super().__init__(**options)
         self._server = server
-        # None until the handshake is over: a server that takes no more connections is not one to leave.
+        # None until the handshake is over: a server that takes no more connections is still good for the others.
         self._connected_at: float | None = None
 
     def connect(self) -> None:

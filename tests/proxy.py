@@ -74,7 +74,7 @@ class Proxy:
             memory.forget()
 
     def lead_to(self, target: str) -> None:
-        """Pass new connections on to another engine, as a name does that now stands for it; old ones stay."""
+        """Connect new clients to another engine, as a DNS name that has changed would; old connections stay."""
         self._target = urllib.parse.urlsplit(target)
 
     def swallow(self, does: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Writes timers to Redis behind the backs of the calls that set them."""
+"""Writes timers to Redis in the background, in bounded slices."""
 
 import asyncio
 import collections
@@ -30,7 +30,7 @@ Timers = collections.abc.Mapping[session.SessionId, datetime.datetime | None]
 
 
 class Writer:
-    """The timers of a kind that are not written yet; `run` writes them. The others never raise."""
+    """A queue of the timers of a kind that are not written yet; `run` writes them. No method raises."""
 
     def __init__(self, client: redis.asyncio.Redis, kind: jobs.Kind) -> None:
         self._redis = client
@@ -45,7 +45,7 @@ class Writer:
         self._away = False
 
     def put(self, timers: Timers) -> None:
-        """Have timers written. The newest are written first, and the oldest forgotten when there are too many."""
+        """Queue timers to be written. The newest are written first; the oldest are dropped when there are too many."""
         for session_id, due in timers.items():
             self._unwritten[session_id] = due
             self._unwritten.move_to_end(session_id)
@@ -55,7 +55,7 @@ class Writer:
             self._wanted.set()
 
     async def write(self, timers: Timers) -> None:
-        """Have timers written, and wait for it: at most 0.1 s, and not at all while Redis is away."""
+        """Queue timers and wait until they are written: at most 0.1 s, and not at all while Redis is away."""
         self.put(timers)
         if timers and not self._away:
             # The first that was put is the last to be written.
