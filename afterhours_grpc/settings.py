@@ -13,7 +13,7 @@ import typing
 import pydantic
 import pydantic_settings
 
-from afterhours_grpc import failpoints
+from afterhours_grpc import failpoints, redis_url
 from afterhours_grpc.sessions import location, session
 
 _UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -83,6 +83,11 @@ def _gates(text: object) -> frozenset[session.Gate]:
         raise ValueError(f"each must be one of {', '.join(session.Gate)}") from None
 
 
+def _redis_url(url: str) -> str:
+    redis_url.parse(url)
+    return url
+
+
 def _secret(secret: pydantic.SecretStr) -> pydantic.SecretStr:
     if len(secret.get_secret_value().encode()) < 32:
         raise ValueError("must have at least 32 bytes: make one by `openssl rand -hex 32`")
@@ -103,7 +108,7 @@ class Settings(pydantic_settings.BaseSettings):
     database_url: typing.Annotated[str, pydantic.Field(pattern=r"^postgres(ql)?://")] | None = _variable(
         "DATABASE_URL", None, "Postgres: postgresql://…, as libpq reads it."
     )
-    redis_url: typing.Annotated[str, pydantic.Field(pattern=r"^(rediss?|unix)://")] = _variable(
+    redis_url: typing.Annotated[str, pydantic.AfterValidator(_redis_url)] = _variable(
         "REDIS_URL", "redis://localhost:6379", "Redis: redis://…, rediss://… or unix://…"
     )
     listen: Address = _variable("AFTERHOURS_LISTEN", "127.0.0.1:50051", "host:port; port 0 picks one.")

@@ -222,9 +222,11 @@ async def locked(engines: Engines, query: str) -> collections.abc.AsyncIterator[
 class Process:
     """A server of `afterhours-grpc serve`."""
 
-    def __init__(self, environment: dict[str, str], *command: str) -> None:
+    def __init__(
+        self, environment: dict[str, str], *command: str, program: tuple[str, ...] = ("-m", "afterhours_grpc")
+    ) -> None:
         self._environment = environment
-        self._command = command or ("serve",)
+        self._command = (*program, *(command or ("serve",)))
         self._process: asyncio.subprocess.Process | None = None
         self.lines: list[str] = []
 
@@ -233,8 +235,6 @@ class Process:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_PRELOAD", "FAKETIME") if name in os.environ}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "afterhours_grpc",
             *self._command,
             env={**kept, **self._environment},
             stdout=asyncio.subprocess.PIPE,
