@@ -10,7 +10,7 @@ import limits.aio
 import limits.errors
 import structlog
 
-from afterhours_grpc import metrics
+from afterhours_grpc import metrics, redis_client
 from afterhours_grpc.sessions import errors, session
 
 log = structlog.get_logger()
@@ -27,18 +27,23 @@ class Throttle:
 
     def __init__(self, redis_url: str, rate: int) -> None:
         # Users are counted by a digest, so that Redis does not hold who they are.
-        self._storage = limits.aio.storage.RedisStorage(
-            redis_url, wrap_exceptions=True, implementation="redispy", key_prefix="afterhours:rate"
+        self._connections = redis_client.Server(redis_url).pool(connections=_AT_ONCE, timeout=_PATIENCE)
+        # The URL only names the protocol.
+        storage = limits.aio.storage.RedisStorage(
+            "redis://",
+            wrap_exceptions=True,
+            implementation="redispy",
+            key_prefix="afterhours:rate",
+            connection_pool=typing.cast("typing.Any", self._connections),
         )
-        self._limiter = limits.aio.strategies.MovingWindowRateLimiter(self._storage)
+        self._limiter = limits.aio.strategies.MovingWindowRateLimiter(storage)
         self._rate = limits.RateLimitItemPerMinute(rate)
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._away_until = 0.0
 
     async def close(self) -> None:
         """Close the connections; idempotent."""
-        bridge: typing.Any = self._storage.bridge
-        await bridge.get_connection().aclose()
+        await self._connections.aclose()
 
     async def admit(self, user_id: session.UserId) -> None:
         """Count a call of a user, or raise RateLimited."""
