@@ -130,7 +130,7 @@ async def running(
             tasks.keep("timer fires", each.fire)
         tasks.keep("reconciler", sweeper.run)
         timed.start()
-        stack.push_async_callback(asyncio.to_thread, timed.stop)
+        stack.push_async_callback(timed.stop)
         watched = feed.Feed(events, session_store.noted, rendering.event_bytes)
         tasks.keep("events", watched.run)
         tasks.keep("notifications", watched.listen)

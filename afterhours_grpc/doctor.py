@@ -1,6 +1,7 @@
 """`doctor`: looks at all that the service stands on, and says what is wrong and what to do about it."""
 
 import collections.abc
+import contextlib
 import dataclasses
 import datetime
 import enum
@@ -12,8 +13,8 @@ import asyncpg
 import redis.asyncio
 import redis.exceptions
 
-from afterhours_grpc import settings
-from afterhours_grpc.expiry import jobstore
+from afterhours_grpc import redis_client, settings
+from afterhours_grpc.expiry import jobs
 from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import database, schema, store
 
@@ -23,6 +24,7 @@ _SAMPLE = 1000
 _OFF = 1.0
 _SILENT = 5.0
 _OLDEST_POSTGRES = 150000
+_LAST = datetime.datetime.max.replace(tzinfo=datetime.UTC)
 
 
 class Level(enum.StrEnum):
@@ -51,9 +53,7 @@ async def examine(config: settings.Settings) -> list[Finding]:
     findings = [_settings(config)]
     db = database.Database(config.database_url or "", connections=1)
     sessions = store.Store(db)
-    client = redis.asyncio.Redis.from_url(
-        config.redis_url, decode_responses=True, socket_timeout=2, socket_connect_timeout=2
-    )
+    client = redis_client.Server(config.redis_url).client(connections=1, timeout=2)
     try:
         if config.database_url:
             findings += [each async for each in _postgres(config.database_url)]
@@ -144,6 +144,8 @@ def _clock(name: str, offset: float, whose: str) -> Finding:
 
 async def _redis(client: redis.asyncio.Redis) -> Findings:
     await client.ping()
+    async for finding in _use(client):
+        yield finding
     try:
         policy = str((await client.config_get("maxmemory-policy"))["maxmemory-policy"])
         kept = await client.config_get("appendonly", "save")
@@ -162,13 +164,25 @@ async def _redis(client: redis.asyncio.Redis) -> Findings:
         yield Finding("redis persistence", Level.OK, f"appendonly {kept['appendonly']}, save {kept['save'] or 'never'}")
 
 
+async def _use(client: redis.asyncio.Redis) -> Findings:
+    """Check whether the service can use it at all."""
+    with contextlib.suppress(redis.exceptions.ResponseError):
+        if (await client.info("replication"))["role"] != "master":
+            yield Finding("redis role", Level.WRONG, "it is a replica", "set REDIS_URL to its primary")
+    try:
+        await client.eval("return 1", 0)
+    except redis.exceptions.ResponseError:
+        told = "its user may not run scripts, so that no timer fires: sessions end by the sweep alone, later"
+        yield Finding("redis scripts", Level.WRONG, told, "allow the commands EVALSHA, EVAL and SCRIPT LOAD")
+
+
 async def _timers(sessions: store.Store, client: redis.asyncio.Redis) -> Findings:
     seconds, micros = await client.time()
     now = await sessions.clock()
     at = now.timestamp()
     yield _clock("redis clock", at - (seconds + micros / 1e6), "Redis' clock")
 
-    passes: typing.Any = await client.zrange(jobstore.PASSES, 0, -1, withscores=True)
+    passes: typing.Any = await client.zrange(jobs.PASSES, 0, -1, withscores=True)
     ages = sorted(at - score for _, score in passes)
     if not ages or ages[0] > _SILENT:
         told = f"the last look for due sessions was {ages[0]:.0f} s ago" if ages else "no server has looked yet"
@@ -181,13 +195,13 @@ async def _timers(sessions: store.Store, client: redis.asyncio.Redis) -> Finding
         else:
             yield Finding("scheduler", Level.OK, told)
 
-    members = typing.cast("list[str]", await client.zrange(jobstore.EXPIRE.key, 0, _SAMPLE - 1))
-    timed = [jobstore.EXPIRE.session_id(member) for member in members]
+    members = typing.cast("list[str]", await client.zrange(jobs.EXPIRE.key, 0, _SAMPLE - 1))
+    timed = [jobs.EXPIRE.session_id(member) for member in members]
     active = await sessions.still_active([session.SessionId(each) for each in timed if each])
     stale = sum(each not in active for each in timed)
-    due = await sessions.active_after(now, session.SessionId(uuid.UUID(int=0)), _SAMPLE)
-    soonest = [jobstore.EXPIRE.job_id(id) for id, _ in due]
-    scores = await client.zmscore(jobstore.EXPIRE.key, soonest) if soonest else []
+    due = await sessions.active_due(now, session.SessionId(uuid.UUID(int=0)), _LAST, _SAMPLE)
+    soonest = [jobs.EXPIRE.job_id(id) for id, _ in due]
+    scores = await client.zmscore(jobs.EXPIRE.key, soonest) if soonest else []
     missing = sum(score is None for score in scores)
     told = f"of the {_SAMPLE} soonest, {missing} missing and {stale} stale"
     if missing or stale:

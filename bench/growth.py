@@ -14,7 +14,7 @@ import psutil
 import systems
 import typer
 
-from afterhours_grpc.expiry import jobstore
+from afterhours_grpc.expiry import jobs
 
 # Users of each timed run, beside those that only are there.
 _CALLED = 4_000
@@ -111,16 +111,16 @@ async def _statement(
 
 async def _armed(ours: systems.Ours, size: int) -> float:
     """Forget all timers, and give how long the sweep takes until each session has one again."""
-    await ours.redis.delete(jobstore.EXPIRE.key)
+    await ours.redis.delete(jobs.EXPIRE.key)
     began = time.monotonic()
     async with asyncio.timeout(_PATIENCE):
-        while await ours.redis.zcard(jobstore.EXPIRE.key) < size:  # noqa: ASYNC110 - what is waited for happens elsewhere
+        while await ours.redis.zcard(jobs.EXPIRE.key) < size:  # noqa: ASYNC110 - what is waited for happens elsewhere
             await asyncio.sleep(0.05)
     return time.monotonic() - began
 
 
 async def _redis_memory(ours: systems.Ours, size: int) -> dict[str, float]:
-    used = typing.cast("int", await ours.redis.memory_usage(jobstore.EXPIRE.key, samples=0))
+    used = typing.cast("int", await ours.redis.memory_usage(jobs.EXPIRE.key, samples=0))
     about = await ours.redis.info("memory")
     return {"Redis: bytes a timer": used / size, "Redis: used_memory, MB": about["used_memory"] / 1e6}
 

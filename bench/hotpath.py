@@ -27,8 +27,8 @@ _COMPONENTS = (
     ("SQLAlchemy: checkout and return", ("sqlalchemy/",)),
     ("database.py: around the driver", ("store/database.py",)),
     ("asyncpg: encode, send, decode", ("asyncpg/",)),
-    ("Redis: redis-py's asyncio client", ("redis/", "expiry/timers.py")),
-    ("scheduler thread", ("apscheduler/", "expiry/jobstore.py")),
+    ("Redis: redis-py's asyncio client", ("redis/", "expiry/timers.py", "expiry/writer.py")),
+    ("scheduler thread", ("apscheduler/", "expiry/jobstore.py", "expiry/claims.py")),
     # grpc.aio is compiled and shows no frames: its tasks are what `Handle._run` runs by itself.
     ("grpc.aio: its tasks in the event loop", ("Handle._run",)),
     ("grpc.aio: its poller thread", ("_poll_wrapper",)),

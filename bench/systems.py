@@ -18,7 +18,7 @@ import redis.asyncio
 
 from afterhours_grpc.embedded import postgres
 from afterhours_grpc.embedded import redis as embedded_redis
-from afterhours_grpc.expiry import jobstore
+from afterhours_grpc.expiry import jobs
 from afterhours_grpc.store import schema
 
 _FUZZ_KEY = "1:a fuzz key of thirty-two characters"
@@ -152,7 +152,7 @@ class Ours(System):
         if operation == "start" or not self._filled:
             self._filled = False
             await self.sql.execute("TRUNCATE after_hours_sessions CASCADE")
-            await self.redis.delete(jobstore.EXPIRE.key)
+            await self.redis.delete(jobs.EXPIRE.key)
         if operation != "start" and not self._filled:
             self._filled = True
             await self.fill(0, self._bench.users)
@@ -163,8 +163,8 @@ class Ours(System):
         """Store active sessions and their timers, past the service."""
         rows = await self.sql.fetch(_FILL, first, last)
         for at in range(0, len(rows), 10_000):
-            due = {jobstore.EXPIRE.job_id(row["id"]): row["expires_at"].timestamp() for row in rows[at : at + 10_000]}
-            await self.redis.zadd(jobstore.EXPIRE.key, typing.cast("typing.Any", due))
+            due = {jobs.EXPIRE.job_id(row["id"]): row["expires_at"].timestamp() for row in rows[at : at + 10_000]}
+            await self.redis.zadd(jobs.EXPIRE.key, typing.cast("typing.Any", due))
         await self.sql.execute("ANALYZE after_hours_sessions")
 
     async def measure(self, operation: str, concurrency: int, seconds: float) -> generator.Seen:

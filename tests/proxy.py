@@ -25,6 +25,8 @@ class Proxy:
         # Seconds that bytes on their way to the engine, and to its client, are held back.
         self.delay_requests = 0.0
         self.delay_replies = 0.0
+        # Bytes a second on their way to the engine, on each connection; 0 is no limit.
+        self.request_rate = 0
         # Every reply is something else.
         self.garble_replies = False
         self._budget: int | None = None
@@ -35,6 +37,10 @@ class Proxy:
         """The engine's URL, by way of the proxy."""
         account = self._target.netloc.rpartition("@")[0]
         return self._target._replace(netloc=f"{account}@127.0.0.1:{self._port}").geturl()
+
+    def lead_to(self, target: str) -> None:
+        """Connect new clients to another engine, as a DNS name that has changed would; old connections stay."""
+        self._target = urllib.parse.urlsplit(target)
 
     def swallow(self, does: bool = True) -> None:
         """Fall silent in both directions, or speak again; what was swallowed is lost."""
@@ -102,7 +108,7 @@ class Proxy:
             await sink.drain()
 
     async def _request(self, chunk: bytes) -> bytes:
-        await asyncio.sleep(self.delay_requests)
+        await asyncio.sleep(self.delay_requests + (len(chunk) / self.request_rate if self.request_rate else 0))
         if self.swallow_requests:
             return b""
         if self._budget is not None:

@@ -76,6 +76,61 @@ async def test_a_lost_job_is_back_within_a_sweep(engines: replicas.Engines) -> N
         await replicas.eventually(mended, within=3)
 
 
+MANY = """
+INSERT INTO after_hours_sessions (user_id, started_at, expires_at, warn_at, latitude, longitude, fuzzed_latitude,
+    fuzzed_longitude, fuzz_radius_meters, fuzz_key_version, fuzz_cell)
+SELECT 'user ' || n, now(), now() + interval '1 hour' + n * interval '0.1 s', now() + interval '50 min', 0, 0, 0, 0,
+    1000, 1, 1
+FROM generate_series(1, $1::int) AS n
+"""
+
+
+async def test_jobs_of_many_sessions_are_mended_within_a_sweep(engines: replicas.Engines) -> None:
+    """Of 12,000 sessions, one whose job, or warning, was lost, moved or doubled has it back within one interval."""
+    async with replicas.replica(engines, AFTERHOURS_RECONCILE_INTERVAL="2s"):
+        await engines.rows(MANY, 12_000)
+        rows = await engines.rows("SELECT id FROM after_hours_sessions ORDER BY expires_at DESC")
+        async with redis.Redis.from_url(engines.redis_url, decode_responses=True) as client:
+
+            async def mended() -> bool:
+                return [await client.zcard(key) for key in (KEY, "afterhours:warnings")] == [12_000, 12_000]
+
+            # It was empty: all at once.
+            await replicas.eventually(mended, within=10)
+            lost, moved, warning = (str(rows[n]["id"]) for n in (100, 5000, 9000))
+            at = await client.zscore(KEY, f"session:expire:{moved}")
+            assert at
+            stale = "session:expire:00000000-0000-4000-8000-000000000000"
+            await client.zrem(KEY, f"session:expire:{lost}")
+            await client.zadd(KEY, {f"session:expire:{moved}": at + 400, stale: at - 400})
+            await client.zrem("afterhours:warnings", f"session:warn:{warning}")
+
+            async def as_before() -> bool:
+                found = await client.zmscore(KEY, [f"session:expire:{id}" for id in (lost, moved)])
+                return await mended() and None not in found and found[1] == at
+
+            # Twice the interval and more, for a loaded machine; in turns it would be twelve.
+            await replicas.eventually(as_before, within=5)
+
+
+@pytest.mark.parametrize("mark", ["nonsense", "9e18", "-inf", "nan"])
+async def test_what_others_write_stops_no_sweep(engines: replicas.Engines, mark: str) -> None:
+    """Whatever somebody else leaves where replicas note that they mend the timers, they are mended."""
+    async with (
+        replicas.replica(engines, AFTERHOURS_RECONCILE_INTERVAL="1s") as (_, client),
+        redis.Redis.from_url(engines.redis_url) as client_of_redis,
+    ):
+        await client.put_profile("ada")
+        started = await client.start("ada")
+        await client_of_redis.set("afterhours:mended", mark)
+        await client_of_redis.zrem(KEY, f"session:expire:{started.id}")
+
+        async def mended() -> bool:
+            return await client_of_redis.zcard(KEY) == 1
+
+        await replicas.eventually(mended, within=2)
+
+
 @pytest.mark.parametrize("minutes", [-5, 5])
 async def test_a_job_that_moved_is_back_within_a_sweep(engines: replicas.Engines, minutes: int) -> None:
     """A job that is due earlier or later than its session is put right by a sweep, long before it fires."""

@@ -12,8 +12,13 @@ from afterhours_grpc.store import database, endings, lists, outbox, privacy, que
 
 # Indexes that are meant for these statements, and for no other.
 OWNERS = {
-    "after_hours_sessions_due": {queries.ACTIVE_AFTER, queries.OVERDUE, endings.EXPIRE_OVERDUE},
-    "after_hours_sessions_warning": {queries.WARNED_AFTER},
+    "after_hours_sessions_due": {
+        queries.ACTIVE_DUE,
+        queries.ACTIVE_SLICES,
+        queries.OVERDUE,
+        endings.EXPIRE_OVERDUE,
+    },
+    "after_hours_sessions_warning": {queries.WARNINGS_DUE, queries.WARNING_SLICES},
     "after_hours_sessions_by_start": {lists._ALL},
     "after_hours_sessions_near": {lists._NEAR},
 }

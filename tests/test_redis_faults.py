@@ -5,9 +5,12 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import functools
 import pathlib
 import typing
+import urllib.parse
+import uuid
 
 import onlooker
 import proxy
@@ -16,6 +19,7 @@ import replicas
 from redis import asyncio as redis
 
 from afterhours_grpc.embedded import redis as embedded
+from afterhours_grpc.sessions import session
 
 SESSIONS = 100
 INTERVAL = 1
@@ -25,8 +29,8 @@ SWEPT = {"AFTERHOURS_RECONCILE_INTERVAL": f"{INTERVAL}s"}
 class Faulty:
     """A Redis of a test's own. What is not written to its file is gone when it stops: everything."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        self._server = embedded.Redis(directory, settings={"appendonly": "no"})
+    def __init__(self, directory: pathlib.Path, **settings: str) -> None:
+        self._server = embedded.Redis(directory, settings={"appendonly": "no", **settings})
         # It ends when the thread that started it does; this one does not hold up the event loop.
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -34,6 +38,16 @@ class Faulty:
     def url(self) -> str:
         """Where it is, again after a restart."""
         return self._server.url
+
+    @property
+    def port(self) -> str:
+        """Its port."""
+        return str(urllib.parse.urlsplit(self.url).port)
+
+    @property
+    def password(self) -> str:
+        """Its password."""
+        return urllib.parse.urlsplit(self.url).password or ""
 
     async def start(self) -> None:
         """Start it, empty."""
@@ -203,3 +217,94 @@ async def test_redis_is_silent_then_slow_then_refuses(beside: replicas.Engines) 
             between.refuse()
             await asyncio.sleep(0.8)
             await between.accept()
+
+
+async def test_redis_is_slow_for_two_replicas(beside: replicas.Engines) -> None:
+    """A Redis that takes 0.4 s to answer: sessions end, and jobs are settled though leases end before they are."""
+    async with proxy.Proxy(beside.redis_url) as slow:
+        by_way = dataclasses.replace(beside, redis_url=slow.url)
+        alone = {"AFTERHOURS_RECONCILE_INTERVAL": "1h", "AFTERHOURS_WARNING_LEAD": "1s"}
+        async with replicas.replica(by_way, **alone) as (_, client), replicas.replica(by_way, **alone):
+            slow.delay_requests = slow.delay_replies = 0.2
+            await onlooker.started(client, SESSIONS)
+            await onlooker.closed_on_time(beside, SESSIONS, most=2)
+            await replicas.eventually(lambda: settled(beside), within=5)
+
+
+async def test_scripts_are_flushed(beside: replicas.Engines, faulty: Faulty) -> None:
+    """SCRIPT FLUSH."""
+    async with unnoticed(beside):
+        await faulty.tell("SCRIPT", "FLUSH")
+
+
+async def test_scripts_are_forbidden(beside: replicas.Engines, faulty: Faulty) -> None:
+    """A Redis whose user may run no scripts fires no timer: sessions end by the sweep, and doctor says why."""
+    await faulty.tell("ACL", "SETUSER", "default", "-@scripting")
+    async with replicas.replica(beside, **SWEPT) as (_, client):
+        await onlooker.started(client, SESSIONS)
+        await onlooker.closed_on_time(beside, SESSIONS, most=INTERVAL + 1)
+    process = await replicas.Process(beside.environment(), "doctor").start()
+    assert await process.wait() == 1
+    assert any(line.startswith("wrong") and "scripts" in line for line in process.lines), process.lines
+
+
+async def settled(engines: replicas.Engines) -> bool:
+    """Say whether no job of any kind is left."""
+    async with redis.Redis.from_url(engines.redis_url) as client:
+        return not await client.exists("afterhours:jobs", "afterhours:warnings")
+
+
+async def test_the_primary_becomes_a_replica(beside: replicas.Engines, faulty: Faulty, tmp_path: pathlib.Path) -> None:
+    """A primary becomes a replica and its name leads to the new one: timers and limits are there within 2 s.
+
+    The connections to the old one stay open, as they do with `REPLICAOF` and with a name that changes.
+    """
+    await faulty.tell("CONFIG", "SET", "repl-diskless-sync-delay", "0")
+    promoted = Faulty(tmp_path / "promoted", masterauth=faulty.password, replicaof=f"127.0.0.1 {faulty.port}")
+    await promoted.start()
+    there = dataclasses.replace(beside, redis_url=promoted.url)
+    settings = {"AFTERHOURS_RECONCILE_INTERVAL": "1h", "AFTERHOURS_RATE_LIMIT": "10"}
+    async with proxy.Proxy(beside.redis_url) as name:
+        by_way = dataclasses.replace(beside, redis_url=name.url)
+        async with replicas.replica(by_way, **settings) as (_, client):
+            await client.put_profile("ada")
+            await client.start("ada")
+            await replicas.eventually(lambda: onlooker.timed(there), within=10)
+            await promoted.tell("ACL", "SETUSER", "default", f">{faulty.password}")
+            await promoted.tell("REPLICAOF", "NO", "ONE")
+            name.lead_to(promoted.url)
+            await faulty.tell("CONFIG", "SET", "masterauth", promoted.password)
+            await faulty.tell("REPLICAOF", "127.0.0.1", promoted.port)
+            await onlooker.started(client, SESSIONS)
+            await replicas.eventually(lambda: onlooker.timed(there), within=2)
+            await onlooker.closed_on_time(there, SESSIONS)
+            await replicas.eventually(lambda: onlooker.timed(there), within=1)
+            for _ in range(10):
+                await replicas.outcome(client.extend("ada"))
+            assert (await replicas.refused(client.extend("ada"))).reason == "RATE_LIMITED"
+    await promoted.close()
+
+
+async def test_a_backlog_on_a_slow_link(beside: replicas.Engines, faulty: Faulty) -> None:
+    """30,000 timers gathered for a Redis behind a link of 2 MB/s are all written, and new ones need not wait."""
+    async with proxy.Proxy(beside.redis_url) as link:
+        by_way = dataclasses.replace(beside, redis_url=link.url)
+        async with replicas.replica(by_way, AFTERHOURS_RECONCILE_INTERVAL="1h") as (service, client):
+            await client.put_profile("ada")
+            link.request_rate = 2_000_000
+            later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+            service._schedule.ends.put({session.SessionId(uuid.uuid4()): later for _ in range(30_000)})
+            begun = await client.start("ada")
+            await replicas.eventually(lambda: timed(beside, begun.id), within=0.5)
+            assert await faulty.tell("ZCARD", onlooker.KEY) != 30_001
+
+            async def written() -> bool:
+                return await faulty.tell("ZCARD", onlooker.KEY) == 30_001
+
+            await replicas.eventually(written, within=10)
+
+
+async def timed(engines: replicas.Engines, id: str) -> bool:
+    """Say whether a session has its job."""
+    async with redis.Redis.from_url(engines.redis_url) as client:
+        return await client.zscore(onlooker.KEY, f"session:expire:{id}") is not None

@@ -3,12 +3,14 @@
 import asyncio
 import collections.abc
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
 import pathlib
 import signal
 import sys
+import time
 import uuid
 
 import onlooker
@@ -305,6 +307,78 @@ async def test_a_process_whose_scheduler_dies_exits_and_others_fire_its_timers(
                 await rigged.wait()
 
 
+async def test_a_scheduler_that_hangs_ends_the_process(engines: replicas.Engines) -> None:
+    """A scheduler's thread that does not come back for a look within 5 s is as good as dead."""
+    async with replicas.replica(engines, **TIMERS_ALONE) as (service, _):
+        with service._schedule.ends._scheduler._jobstores_lock:
+            async with asyncio.timeout(8):
+                await service.failed.wait()
+
+
+# A server for which names are not resolved for 10 s, as with a name server that is silent.
+_NAMELESS = """
+import socket, time
+from afterhours_grpc import __main__
+
+resolve = socket.getaddrinfo
+
+def silent(host, *arguments, **options):
+    if host != "redis.test":
+        return resolve(host, *arguments, **options)
+    time.sleep(10)
+    raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+
+socket.getaddrinfo = silent
+__main__.main()
+"""
+
+
+async def test_a_silent_name_server(engines: replicas.Engines) -> None:
+    """Without Redis and an answer of the name server a process serves, ends sessions, and exits in time at SIGTERM.
+
+    Nothing that is resolved, or done in another thread, waits for the name of Redis.
+    """
+    settings = {
+        "REDIS_URL": "redis://redis.test",
+        "DATABASE_URL": engines.database_url.replace("127.0.0.1", "localhost"),
+        "AFTERHOURS_RECONCILE_INTERVAL": "1s",
+        "AFTERHOURS_RATE_LIMIT": "1000",
+        "AFTERHOURS_DRAIN": "8s",
+    }
+    running = await replicas.Process(engines.environment(**settings), program=("-c", _NAMELESS)).start()
+    try:
+        async with await running.client() as client:
+            # Longer than a scheduler may be silent, and until as many names as there are threads would be waited for.
+            for _ in range(3):
+                await onlooker.started(client, SESSIONS)
+                await onlooker.closed_on_time(engines, SESSIONS, most=2)
+                await engines.rows("DELETE FROM after_hours_sessions")
+            assert await client.health() == "SERVING"
+        told = time.monotonic()
+        running.signal(signal.SIGTERM)
+        assert await running.wait() == 0
+        assert time.monotonic() - told < 5
+    finally:
+        await running.stop()
+
+
+async def test_postgres_answers_after_a_lease(engines: replicas.Engines) -> None:
+    """Jobs whose statement takes longer than a lease are done, and gone: replicas do not claim them for ever."""
+    async with proxy.Proxy(engines.database_url) as slow:
+        by_way = dataclasses.replace(engines, database_url=slow.url)
+        settings = {**TIMERS_ALONE, "AFTERHOURS_WARNING_LEAD": "1s"}
+        async with replicas.replica(by_way, **settings) as (_, client), replicas.replica(by_way, **settings):
+            await onlooker.started(client, SESSIONS)
+            slow.delay_replies = 0.7
+            await onlooker.closed_on_time(engines, SESSIONS, most=3)
+
+            async def settled() -> bool:
+                async with redis.Redis.from_url(engines.redis_url) as client_of_redis:
+                    return not await client_of_redis.exists("afterhours:jobs", "afterhours:warnings")
+
+            await replicas.eventually(settled, within=4)
+
+
 async def test_a_process_that_was_stopped_goes_on(engines: replicas.Engines) -> None:
     """A process that was stopped as a whole does not take its scheduler for dead, and ends what is overdue at once."""
     async with replicas.process(engines, **TIMERS_ALONE) as (process, client):
@@ -328,7 +402,7 @@ async def test_a_shutdown_takes_no_leases(engines: replicas.Engines) -> None:
         # No look but the last one comes between the fire and the end.
         service._schedule.ends._scheduler.pause()
         await rescored(engines, 1)
-        await asyncio.to_thread(service._schedule.ends.stop)
+        await service._schedule.ends.stop()
         assert set((await onlooker.jobs(engines.redis_url)).values()) == {1}
 
 

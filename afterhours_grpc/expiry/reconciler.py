@@ -11,7 +11,7 @@ import redis.exceptions
 import structlog
 
 from afterhours_grpc import failpoints, metrics
-from afterhours_grpc.expiry import clock, schedule
+from afterhours_grpc.expiry import clock, schedule, sweep
 from afterhours_grpc.sessions import errors
 from afterhours_grpc.store import database, outbox, privacy, store
 
@@ -76,29 +76,22 @@ class Reconciler:
                 return closed
 
     async def run_once(self) -> Swept:
-        """Close what is overdue, mend a slice of the timers, and clear away what is kept no longer.
+        """Close what is overdue, mend the timers, and clear away what is kept no longer.
 
-        Raise `errors.StoreUnavailable`. While slices have timers missing, because Redis lost them, it goes on with the
-        next at once, for at most half an interval. Without Redis the timers are left alone.
+        Raise `errors.StoreUnavailable`. Without Redis the timers are left alone.
         """
-        until = time.monotonic() + self._interval / 2
         await self._clock.measure(self._store)
         closed = await self.close_overdue()
-        armed = dropped = 0
+        mended = sweep.Mended()
         try:
-            for sweep in self._schedule.sweeps:
-                while missing := await sweep.arm_slice():
-                    armed += missing
-                    if time.monotonic() >= until:
-                        break
-                dropped += await sweep.drop_slice()
+            mended = await self._schedule.mend(self._interval)
         except redis.exceptions.RedisError as error:
             log.warning("timers_unswept", error=type(error).__name__)
         forgotten = await self._clear(self._privacy.forget_requests)
         erased = await self._clear(functools.partial(self._privacy.erase_exact, self._retention.exact))
         removed = await self._clear(functools.partial(self._privacy.remove_ended, self._retention.history))
         events = await self._clear(functools.partial(self._outbox.remove, self._retention.events))
-        return Swept(closed, armed, dropped, forgotten, erased, removed, events)
+        return Swept(closed, mended.armed, mended.dropped, forgotten, erased, removed, events)
 
     async def _clear(self, some: collections.abc.Callable[[int], collections.abc.Awaitable[int]]) -> int:
         """Clear away in batches until there is nothing left, for at most a tenth of an interval; give how many."""

@@ -2,68 +2,37 @@
 
 import asyncio
 import collections.abc
-import dataclasses
 import datetime
-import uuid
+import math
 
-from afterhours_grpc.expiry import clock, jobstore, timers
+import redis.exceptions
+
+from afterhours_grpc import redis_client
+from afterhours_grpc.expiry import clock, jobs, sweep, timers
 from afterhours_grpc.sessions import session
 from afterhours_grpc.store import store
 
-# Rows of one statement, and members of one read.
-_SLICE = 1000
-_FIRST = (datetime.datetime.min.replace(tzinfo=datetime.UTC), session.SessionId(uuid.UUID(int=0)))
-
-_After = collections.abc.Callable[
-    [datetime.datetime, session.SessionId, int], collections.abc.Awaitable[list[timers.Due]]
-]
-_Still = collections.abc.Callable[
-    [collections.abc.Sequence[session.SessionId]], collections.abc.Awaitable[set[session.SessionId]]
-]
-
-
-@dataclasses.dataclass(slots=True)
-class Sweep:
-    """Mends the timers of a kind, a slice at a time: sets those that are missing, and drops those that are stale.
-
-    `after` reads from Postgres what should have a timer, soonest first, and `still` which of some sessions should.
-    """
-
-    timers: timers.Timers
-    after: _After
-    still: _Still
-    # Where the next slices begin.
-    _armed_to: tuple[datetime.datetime, session.SessionId] = _FIRST
-    _rank: int = 0
-
-    async def arm_slice(self) -> int:
-        """Set what is missing in the next slice, and give how many it was. Raise RedisError."""
-        due = await self.after(*self._armed_to, _SLICE)
-        missing = await self.timers.arm(due)
-        self._armed_to = (due[-1][1], due[-1][0]) if len(due) == _SLICE else _FIRST
-        return missing
-
-    async def drop_slice(self) -> int:
-        """Drop what is stale in the next slice, and give how many it was. Raise RedisError."""
-        members = await self.timers.after(self._rank, _SLICE)
-        # Read after the timers: a session is committed before its timer is set, and never revives.
-        active = await self.still([session.SessionId(id) for _, id in members if id])
-        stale = [member for member, id in members if id not in active]
-        await self.timers.drop(stale)
-        self._rank = self._rank + len(members) - len(stale) if len(members) == _SLICE else 0
-        return len(stale)
+# Of an interval: how recently another replica must have begun to mend for this one not to, and what mending may take.
+_RECENTLY = 0.9
+_SHARE = 0.25
+# Seconds beyond two intervals in which what is due counts as due soon, and in which it does at most.
+_MARGIN = 1.0
+_LATEST = 86400.0
 
 
 class Schedule:
     """The timers of all sessions: of their ends, and of the warnings. `set` and `cancel` never raise."""
 
     def __init__(self, url: str, store: store.Store, clock: clock.Clock) -> None:
-        self.ends = timers.Timers(url, jobstore.EXPIRE, store.expire, clock)
-        self.warnings = timers.Timers(url, jobstore.WARN, store.warn, clock)
+        server = redis_client.Server(url)
+        self._clock = clock
+        self._redis = server.client(connections=1, timeout=jobs.TIMEOUT)
+        self.ends = timers.Timers(server, jobs.EXPIRE, store.expire, clock)
+        self.warnings = timers.Timers(server, jobs.WARN, store.warn, clock)
         self.kinds = (self.ends, self.warnings)
-        self.sweeps = (
-            Sweep(self.ends, store.active_after, store.still_active),
-            Sweep(self.warnings, store.warned_after, store.still_to_warn),
+        self._sweeps = (
+            sweep.Sweep(self.ends, store.active_due, store.active_slices, store.still_active),
+            sweep.Sweep(self.warnings, store.warnings_due, store.warning_slices, store.still_to_warn),
         )
 
     def start(self) -> None:
@@ -71,19 +40,19 @@ class Schedule:
         for each in self.kinds:
             each.start()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Claim nothing more; idempotent."""
-        for each in self.kinds:
-            each.stop()
+        await asyncio.gather(*(each.stop() for each in self.kinds))
 
     async def close(self) -> None:
         """Close the connections; idempotent."""
         for each in self.kinds:
             await each.close()
+        await self._redis.aclose()
 
     @property
     def alive(self) -> bool:
-        """Whether what fires has looked lately for what is due."""
+        """Whether the schedulers' threads still look for what is due. If not, only a new process brings them back."""
         return all(each.alive for each in self.kinds)
 
     async def set(self, sessions: collections.abc.Sequence[session.Session]) -> None:
@@ -100,3 +69,28 @@ class Schedule:
     async def drop_of(self, ids: collections.abc.Sequence[session.SessionId]) -> None:
         """Remove the timers of sessions, without what writes them in the background."""
         await asyncio.gather(*(each.drop_of(ids) for each in self.kinds))
+
+    async def mend(self, interval: float) -> sweep.Mended:
+        """Mend the timers, unless another replica began to less than `interval` seconds ago.
+
+        It takes about half of `interval` at most. Raise RedisError or `errors.StoreUnavailable`.
+        """
+        now = self._clock.now()
+        mended = sweep.Mended()
+        if 0 <= now - await self._mended_at() < _RECENTLY * interval:
+            return mended
+        await self._redis.set(jobs.MENDED, jobs.score(now))
+        at = datetime.datetime.fromtimestamp(now, datetime.UTC)
+        soon = at + datetime.timedelta(seconds=min(2 * interval + _MARGIN, _LATEST))
+        for each in self._sweeps:
+            of_kind = await each.run_once(at, soon, _SHARE * interval)
+            mended.armed += of_kind.armed
+            mended.dropped += of_kind.dropped
+        return mended
+
+    async def _mended_at(self) -> float:
+        """Return when a replica last began to mend; long ago where somebody else wrote something odd."""
+        try:
+            return float(await self._redis.get(jobs.MENDED) or -math.inf)
+        except (ValueError, redis.exceptions.ResponseError):
+            return -math.inf

@@ -78,18 +78,41 @@ DELETE FROM after_hours_profiles WHERE user_id = :user_id RETURNING user_id
 
 CLOCK = database.Statement(f"SELECT {fragments.NOW} AS at")
 
-# Keyset slices of what should have a timer, soonest first.
-ACTIVE_AFTER = database.Statement(f"""
-SELECT id, expires_at FROM after_hours_sessions
-WHERE {fragments.BY_DUE} AND (expires_at, id) > (CAST(:expires_at AS timestamptz), CAST(:id AS uuid))
+# Pages of what should have a timer up to an instant, soonest first.
+ACTIVE_DUE = database.Statement(f"""
+SELECT id, expires_at AS due FROM after_hours_sessions
+WHERE {fragments.BY_DUE} AND (expires_at, id) > (CAST(:after AS timestamptz), CAST(:id AS uuid))
+    AND expires_at <= CAST(:until AS timestamptz)
 ORDER BY expires_at, id LIMIT :most
 """)
 
 # The same for warnings.
-WARNED_AFTER = database.Statement(f"""
-SELECT id, warn_at FROM after_hours_sessions
-WHERE {fragments.BY_WARNING} AND (warn_at, id) > (CAST(:warn_at AS timestamptz), CAST(:id AS uuid))
+WARNINGS_DUE = database.Statement(f"""
+SELECT id, warn_at AS due FROM after_hours_sessions
+WHERE {fragments.BY_WARNING} AND (warn_at, id) > (CAST(:after AS timestamptz), CAST(:id AS uuid))
+    AND warn_at <= CAST(:until AS timestamptz)
 ORDER BY warn_at, id LIMIT :most
+""")
+
+# The same, counted in slices of so many rows: their last due times, by which their timers can be counted in Redis.
+ACTIVE_SLICES = database.Statement(f"""
+SELECT max(expires_at) AS until, count(*) AS sessions
+FROM (
+    SELECT expires_at, (row_number() OVER (ORDER BY expires_at, id) - 1) / CAST(:rows AS int) AS slice
+    FROM after_hours_sessions WHERE {fragments.BY_DUE} AND expires_at > CAST(:after AS timestamptz)
+    ORDER BY expires_at, id LIMIT :most
+) AS due
+GROUP BY slice ORDER BY slice
+""")
+
+WARNING_SLICES = database.Statement(f"""
+SELECT max(warn_at) AS until, count(*) AS sessions
+FROM (
+    SELECT warn_at, (row_number() OVER (ORDER BY warn_at, id) - 1) / CAST(:rows AS int) AS slice
+    FROM after_hours_sessions WHERE {fragments.BY_WARNING} AND warn_at > CAST(:after AS timestamptz)
+    ORDER BY warn_at, id LIMIT :most
+) AS due
+GROUP BY slice ORDER BY slice
 """)
 
 # What no sweep has closed yet, and for how long at most.
@@ -98,13 +121,13 @@ SELECT count(*) AS overdue, coalesce(max(({fragments.NOW}) - expires_at), interv
 FROM after_hours_sessions WHERE {fragments.BY_DUE} AND expires_at <= (SELECT {fragments.NOW})
 """)
 
-# Of these sessions, those that should have a timer.
+# Of these sessions, those that should have a timer, and when it is due.
 STILL_ACTIVE = database.Statement(f"""
-SELECT id FROM after_hours_sessions AS s WHERE id = ANY(CAST(:ids AS uuid[])) AND {fragments.OPEN}
+SELECT id, expires_at AS due FROM after_hours_sessions AS s WHERE id = ANY(CAST(:ids AS uuid[])) AND {fragments.OPEN}
 """)
 
 STILL_TO_WARN = database.Statement(f"""
-SELECT id FROM after_hours_sessions AS s
+SELECT id, warn_at AS due FROM after_hours_sessions AS s
 WHERE id = ANY(CAST(:ids AS uuid[])) AND {fragments.OPEN} AND warn_at IS NOT NULL
 """)
 

@@ -33,6 +33,10 @@ class Fired:
 
 _NO_RULES = Rules()
 
+# A session and when it, or its warning, is due; and the last due time of a slice of sessions, and how many they are.
+Due = tuple[session.SessionId, datetime.datetime]
+Slice = tuple[datetime.datetime, int]
+
 
 class Store:
     """The sessions and profiles in `database`, by the operator's `rules`.
@@ -172,34 +176,48 @@ class Store:
         at: datetime.datetime = found[0]["at"]
         return at
 
-    async def active_after(
-        self, expires_at: datetime.datetime, id: session.SessionId, most: int
-    ) -> list[tuple[session.SessionId, datetime.datetime]]:
-        """Read at most `most` open sessions and when they are due, by (expires_at, id), after this one."""
-        found = await self._database.fetch(queries.ACTIVE_AFTER, expires_at=expires_at, id=id, most=most)
-        return [(row["id"], row["expires_at"]) for row in found]
+    async def active_due(
+        self, after: datetime.datetime, id: session.SessionId, until: datetime.datetime, most: int
+    ) -> list[Due]:
+        """Read at most `most` open sessions by (expires_at, id): those after (`after`, `id`), due by `until`."""
+        found = await self._database.fetch(queries.ACTIVE_DUE, after=after, id=id, until=until, most=most)
+        return [(row["id"], row["due"]) for row in found]
 
-    async def warned_after(
-        self, warn_at: datetime.datetime, id: session.SessionId, most: int
-    ) -> list[tuple[session.SessionId, datetime.datetime]]:
-        """Read at most `most` sessions to be warned of and when, by (warn_at, id), after this one."""
-        found = await self._database.fetch(queries.WARNED_AFTER, warn_at=warn_at, id=id, most=most)
-        return [(row["id"], row["warn_at"]) for row in found]
+    async def warnings_due(
+        self, after: datetime.datetime, id: session.SessionId, until: datetime.datetime, most: int
+    ) -> list[Due]:
+        """Read the same of the sessions that are to be warned of, by (warn_at, id)."""
+        found = await self._database.fetch(queries.WARNINGS_DUE, after=after, id=id, until=until, most=most)
+        return [(row["id"], row["due"]) for row in found]
 
-    async def still_to_warn(self, ids: collections.abc.Sequence[session.SessionId]) -> set[session.SessionId]:
-        """Read which of these sessions are to be warned of yet."""
+    async def active_slices(self, after: datetime.datetime, rows: int, most: int) -> list[Slice]:
+        """Count the `most` open sessions that are due first after `after`, in slices of `rows`, soonest first."""
+        found = await self._database.fetch(queries.ACTIVE_SLICES, after=after, rows=rows, most=most)
+        return [(row["until"], row["sessions"]) for row in found]
+
+    async def warning_slices(self, after: datetime.datetime, rows: int, most: int) -> list[Slice]:
+        """Count the same of the sessions that are to be warned of."""
+        found = await self._database.fetch(queries.WARNING_SLICES, after=after, rows=rows, most=most)
+        return [(row["until"], row["sessions"]) for row in found]
+
+    async def still_to_warn(
+        self, ids: collections.abc.Sequence[session.SessionId]
+    ) -> dict[session.SessionId, datetime.datetime]:
+        """Read which of these sessions are to be warned of yet, and when."""
         found = await self._database.fetch(queries.STILL_TO_WARN, ids=list(ids))
-        return {row["id"] for row in found}
+        return {row["id"]: row["due"] for row in found}
 
     async def overdue(self) -> tuple[int, datetime.timedelta]:
         """Count the overdue sessions that nothing has closed yet, and give for how long at most."""
         [row] = await self._database.fetch(queries.OVERDUE)
         return row["overdue"], row["longest"]
 
-    async def still_active(self, ids: collections.abc.Sequence[session.SessionId]) -> set[session.SessionId]:
-        """Read which of these sessions are open."""
+    async def still_active(
+        self, ids: collections.abc.Sequence[session.SessionId]
+    ) -> dict[session.SessionId, datetime.datetime]:
+        """Read which of these sessions are open, and when they are due."""
         found = await self._database.fetch(queries.STILL_ACTIVE, ids=list(ids))
-        return {row["id"] for row in found}
+        return {row["id"]: row["due"] for row in found}
 
 
 async def _end_of_user(
