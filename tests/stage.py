@@ -10,8 +10,8 @@ import tempfile
 import typing
 import urllib.parse
 
-import network
 import pair
+import proxy
 import replicas
 import typer
 from redis import asyncio as redis
@@ -51,7 +51,7 @@ class Timers:
             for each in (self.primary, self.replica):
                 stack.enter_context(each)
             self._stack = stack.pop_all()
-        self.name = network.Network(self.primary.url)
+        self.name = proxy.Proxy(self.primary.url)
         return self
 
     def __exit__(self, *_: object) -> None:
