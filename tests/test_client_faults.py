@@ -101,12 +101,12 @@ async def test_a_vanished_server_is_noticed(engines: replicas.Engines, kind: typ
     tokens = Tokens()
     async with (
         replicas.replica(engines) as (service, writer),
-        proxy.Proxy(f"grpc://{service.address}") as network,
-        connected(kind, network.address, token=tokens, options=hurried) as client,
+        proxy.Proxy(f"grpc://{service.address}") as way,
+        connected(kind, way.address, token=tokens, options=hurried) as client,
     ):
         await writer.put_profile("ada")
         reading = await Reading(client.watch()).begun()
-        network.strand()
+        way.strand()
         silent = time.monotonic()
         await writer.start("ada")
         await replicas.until(lambda: tokens.count == 2, within=5)
@@ -169,11 +169,11 @@ async def test_closing_a_client(engines: replicas.Engines, kind: type[Client]) -
     """Closing a client ends its watches and makes its calls raise, those under way too; twice is no error."""
     async with (
         replicas.replica(engines) as (service, _),
-        proxy.Proxy(f"grpc://{service.address}") as network,
-        connected(kind, network.address) as client,
+        proxy.Proxy(f"grpc://{service.address}") as way,
+        connected(kind, way.address) as client,
     ):
         reading = await Reading(client.watch()).begun()
-        network.strand()
+        way.strand()
         call = got(client)
         await asyncio.sleep(0.2)  # now it waits for its answer
         for _ in range(2):

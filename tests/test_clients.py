@@ -289,13 +289,13 @@ async def test_typescript(serving: str, typescript: pathlib.Path, tmp_path: path
     program.write_text(hurried)
     token = tmp_path / "token"
     token.write_text(keys.token("ada", lifetime=-60))
-    async with proxy.Proxy(f"http://{serving}") as network:
-        network.swallow()
-        running = asyncio.create_task(ran("node", str(program), f"http://{network.address}", str(token)))
-        await replicas.until(lambda: network.accepted == 1)
-        network.strand()
-        network.swallow(False)
-        await replicas.until(lambda: network.accepted == 2)
+    async with proxy.Proxy(f"http://{serving}") as way:
+        way.swallow()
+        running = asyncio.create_task(ran("node", str(program), f"http://{way.address}", str(token)))
+        await replicas.until(lambda: way.accepted == 1)
+        way.strand()
+        way.swallow(False)
+        await replicas.until(lambda: way.accepted == 2)
         await asyncio.sleep(0.5)  # the token is refused meanwhile
         token.write_text(keys.token("ada"))
         printed = await running
