@@ -13,6 +13,7 @@ import pytest
 import redis as redis_client
 import replicas
 
+from afterhours_grpc import app
 from afterhours_grpc.embedded import postgres, redis
 from afterhours_grpc.store import schema
 
@@ -90,6 +91,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def transport() -> str:
     """Name the transport, which is the default one for what is not marked."""
     return "grpcio"
+
+
+@pytest.fixture(autouse=True)
+def _farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close servers of this process without waiting for late callers, half a second each; tests of that use others."""
+    monkeypatch.setattr(app, "_FAREWELL", 0.0)
 
 
 @pytest.fixture

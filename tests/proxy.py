@@ -74,7 +74,7 @@ class Proxy:
             memory.forget()
 
     def lead_to(self, target: str) -> None:
-        """Connect new clients to another engine, as a DNS name that has changed would; old connections stay."""
+        """Pass new connections on to another engine, as a name does that now stands for it; old ones stay."""
         self._target = urllib.parse.urlsplit(target)
 
     def swallow(self, does: bool = True) -> None:
@@ -111,18 +111,18 @@ class Proxy:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
+        memory = _Memory()
+        self._memories.append(memory)
         # A task of our own: streams would log the cancellation of theirs.
-        connection = asyncio.create_task(self._pass_on(reader, writer))
+        connection = asyncio.create_task(self._pass_on(reader, writer, memory))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
         # Also if it is cancelled before it begins.
         connection.add_done_callback(lambda _: writer.transport.abort())
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, memory: _Memory) -> None:
         with contextlib.suppress(OSError):
             engine, to_engine = await asyncio.open_connection(self._target.hostname, self._target.port)
-            memory = _Memory()
-            self._memories.append(memory)
             pumps = [
                 asyncio.create_task(self._pump(reader, to_engine, self._request, memory)),
                 asyncio.create_task(self._pump(engine, writer, self._reply, memory)),
