@@ -273,7 +273,7 @@ class Process:
     async def wait(self) -> int:
         """Give its exit status; what it printed is in `lines`."""
         assert self._process
-        status = await asyncio.wait_for(self._process.wait(), 30)
+        status = await asyncio.wait_for(self._process.wait(), 60)
         await self._reader
         if not self._listening.cancelled() and self._listening.done():
             self._listening.exception()

@@ -258,6 +258,7 @@ async def test_one_server_by_every_kind_of_url(stage: Stage, tmp_path: pathlib.P
         both: (True, "127.0.0.1"),
     }
     for url, expected in urls.items():
+        await stage.left(primary)
         async with replicas.replica(stage.engines(url)) as (_, client):
             await client.put_profile("ada")
             rows = await primary.sql(_BACKENDS, stage.name)
