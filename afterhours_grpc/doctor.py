@@ -12,7 +12,7 @@ import asyncpg
 import redis.asyncio
 import redis.exceptions
 
-from afterhours_grpc import settings
+from afterhours_grpc import credentials, settings
 from afterhours_grpc.expiry import jobstore
 from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import database, schema, store
@@ -48,7 +48,7 @@ Findings = collections.abc.AsyncIterator[Finding]
 
 async def examine(config: settings.Settings) -> list[Finding]:
     """Look at everything that can be looked at; what cannot be reached is a finding."""
-    findings = [_settings(config)]
+    findings = [await _settings(config)]
     db = database.Database(config.database_url or "", connections=1)
     sessions = store.Store(db)
     client = redis.asyncio.Redis.from_url(
@@ -81,10 +81,11 @@ async def examine(config: settings.Settings) -> list[Finding]:
     return findings
 
 
-def _settings(config: settings.Settings) -> Finding:
+async def _settings(config: settings.Settings) -> Finding:
     try:
         config.check()
-    except settings.SettingsError as error:
+        await credentials.check(config)
+    except (settings.SettingsError, credentials.CredentialsError) as error:
         return Finding("settings", Level.WRONG, str(error), "set what is named")
     return Finding("settings", Level.OK, "the service can be served with them")
 
