@@ -34,6 +34,19 @@ async def configured(
         raise CredentialsError(str(error)) from error
 
 
+async def check(config: settings.Settings) -> None:
+    """Raise CredentialsError for files, or a key set, with which no caller would be known."""
+    try:
+        if config.auth == "jwt" and config.jwks_url:
+            await key_sets.KeySet(config.jwks_url).refresh()
+        if config.auth == "mtls" and config.mtls_allow:
+            certificates.Allowed(config.mtls_allow)
+        if config.tls_cert and config.tls_key:
+            certificates.Encryption(config.tls_cert, config.tls_key, config.tls_client_ca)
+    except (certificates.CertificateError, key_sets.KeySetError) as error:
+        raise CredentialsError(str(error)) from error
+
+
 async def _key_set(url: str, tasks: background.Background) -> key_sets.KeySet:
     """Give the keys at a URL. A file must be there; an endpoint may be away, for sessions end without it."""
     keys = key_sets.KeySet(url)

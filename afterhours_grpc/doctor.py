@@ -13,7 +13,7 @@ import asyncpg
 import redis.asyncio
 import redis.exceptions
 
-from afterhours_grpc import redis_client, settings
+from afterhours_grpc import credentials, redis_client, settings
 from afterhours_grpc.expiry import jobs
 from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import connections, database, schema, store
@@ -50,7 +50,7 @@ Findings = collections.abc.AsyncIterator[Finding]
 
 async def examine(config: settings.Settings) -> list[Finding]:
     """Look at everything that can be looked at; what cannot be reached is a finding."""
-    findings = [_settings(config)]
+    findings = [await _settings(config)]
     db = database.Database(config.database_url or "", connections=1)
     sessions = store.Store(db)
     client = redis_client.Server(config.redis_url).client(connections=1, timeout=2)
@@ -77,10 +77,11 @@ async def examine(config: settings.Settings) -> list[Finding]:
     return findings
 
 
-def _settings(config: settings.Settings) -> Finding:
+async def _settings(config: settings.Settings) -> Finding:
     try:
         config.check()
-    except settings.SettingsError as error:
+        await credentials.check(config)
+    except (settings.SettingsError, credentials.CredentialsError) as error:
         return Finding("settings", Level.WRONG, str(error), "set what is named")
     return Finding("settings", Level.OK, "the service can be served with them")
 

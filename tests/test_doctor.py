@@ -75,6 +75,22 @@ async def test_nothing_is_there() -> None:
     assert (status, wrong(findings)) == (1, {"settings", "database", "redis"})
 
 
+async def test_files_that_no_server_would_take(tmp_path: pathlib.Path) -> None:
+    """A key set, certificates and a list of callers are looked at as serve does."""
+    (tmp_path / "empty").touch()
+    empty = str(tmp_path / "empty")
+    tls = {f"AFTERHOURS_TLS_{each}": empty for each in ("CERT", "KEY", "CLIENT_CA")}
+    nowhere = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/nothing", "AFTERHOURS_FUZZ_KEY": replicas.FUZZ_KEY}
+    for bad in (
+        {"AFTERHOURS_JWKS_URL": f"file://{empty}"},
+        {"AFTERHOURS_AUTH": "none", **tls},
+        {"AFTERHOURS_AUTH": "mtls", "AFTERHOURS_MTLS_ALLOW": empty, **tls},
+    ):
+        _, findings = await doctor({**nowhere, "REDIS_URL": "redis://127.0.0.1:1", **bad})
+        assert findings["settings"]["level"] == "wrong"
+        assert any(name in findings["settings"]["told"] for name in ("AFTERHOURS_JWKS_URL", empty))
+
+
 async def test_an_old_schema(engines: replicas.Engines) -> None:
     """A schema that is older than needed is wrong."""
     await engines.rows("DROP TABLE after_hours_schema")
