@@ -128,7 +128,7 @@ class SlowConsumer(SessionError):
 
 
 class Overloaded(SessionError):
-    """Too many calls are waiting, and this one was not let in; nothing was applied. Retry after the delay."""
+    """Too many calls are waiting, in all or for this user, and nothing was applied. Retry after the delay."""
 
 
 class DeadlineExceeded(SessionError):
