@@ -165,7 +165,9 @@ def explained() -> collections.abc.Iterator[None]:
 
 
 def cannot_connect(cause: BaseException) -> CannotConnect:
-    """Return the error for what keeps Postgres from being used."""
+    """Return the error for what keeps Postgres from being used, or that error itself."""
+    if isinstance(cause, CannotConnect):
+        return cause
     refused = isinstance(cause, asyncpg.PostgresError) and not (cause.sqlstate or "").startswith(AWAY)
     kind = Misconfigured if refused or _is_about_url(cause) else CannotConnect
     return kind(f"Postgres at DATABASE_URL cannot be used ({type(cause).__name__}): {_advice(cause)}")
