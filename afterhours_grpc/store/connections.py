@@ -5,6 +5,7 @@ import collections
 import collections.abc
 import contextlib
 import socket
+import ssl
 
 import asyncpg
 
@@ -194,7 +195,8 @@ async def _discard(attempts: collections.abc.Iterable["asyncio.Task[asyncpg.Conn
 
 def _weight(error: BaseException) -> int:
     """Rank the errors of several hosts: what has to be changed comes before what is down."""
-    order = (TimeoutError, OSError, asyncpg.TargetServerAttributeNotMatched, ReadOnlyError, asyncpg.PostgresError)
+    unmatched = asyncpg.TargetServerAttributeNotMatched
+    order = (TimeoutError, OSError, ssl.SSLError, unmatched, ReadOnlyError, asyncpg.PostgresError)
     known = [index for index, kind in enumerate(order) if isinstance(error, kind)]
     if _is_about_url(error) or not known:
         return len(order)
