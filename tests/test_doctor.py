@@ -16,7 +16,10 @@ from redis import asyncio as redis
 
 from afterhours_grpc.embedded import redis as embedded_redis
 
-_OURS = "enable_seqscan, jit, statement_timeout, lock_timeout, idle_in_transaction_session_timeout"
+_OURS = (
+    "default_transaction_isolation, enable_seqscan, jit, statement_timeout, lock_timeout,"
+    " idle_in_transaction_session_timeout"
+)
 
 
 async def doctor(environment: dict[str, str]) -> tuple[int, dict[str, dict[str, str]]]:

@@ -5,6 +5,7 @@ import collections
 import collections.abc
 import contextlib
 import socket
+import ssl
 
 import asyncpg
 
@@ -165,7 +166,9 @@ def explained() -> collections.abc.Iterator[None]:
 
 
 def cannot_connect(cause: BaseException) -> CannotConnect:
-    """Return the error for what keeps Postgres from being used."""
+    """Return the error for what keeps Postgres from being used, or that error itself."""
+    if isinstance(cause, CannotConnect):
+        return cause
     refused = isinstance(cause, asyncpg.PostgresError) and not (cause.sqlstate or "").startswith(AWAY)
     kind = Misconfigured if refused or _is_about_url(cause) else CannotConnect
     return kind(f"Postgres at DATABASE_URL cannot be used ({type(cause).__name__}): {_advice(cause)}")
@@ -192,7 +195,8 @@ async def _discard(attempts: collections.abc.Iterable["asyncio.Task[asyncpg.Conn
 
 def _weight(error: BaseException) -> int:
     """Rank the errors of several hosts: what has to be changed comes before what is down."""
-    order = (TimeoutError, OSError, asyncpg.TargetServerAttributeNotMatched, ReadOnlyError, asyncpg.PostgresError)
+    unmatched = asyncpg.TargetServerAttributeNotMatched
+    order = (TimeoutError, OSError, ssl.SSLError, unmatched, ReadOnlyError, asyncpg.PostgresError)
     known = [index for index, kind in enumerate(order) if isinstance(error, kind)]
     if _is_about_url(error) or not known:
         return len(order)
