@@ -35,7 +35,10 @@ class Health(health_pb2_grpc.HealthServicer):
     def serving(self, does: bool) -> None:
         """Set whether our services serve; from `drain` on they do not."""
         status = _Status.SERVING if does and not self._draining else _Status.NOT_SERVING
-        self._statuses.update(dict.fromkeys(self._services, status))
+        statuses = {**self._statuses, **dict.fromkeys(self._services, status)}
+        if statuses == self._statuses:
+            return
+        self._statuses = statuses
         # Watchers wait for an event of their own time, and look again after it.
         self._changed.set()
         self._changed = asyncio.Event()
