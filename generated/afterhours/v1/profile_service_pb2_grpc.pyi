@@ -35,7 +35,8 @@ class ProfileServiceStub:
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
-    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting, in all or for
+      this user; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
     """
@@ -72,7 +73,8 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
-    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting, in all or for
+      this user; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
     """
@@ -105,7 +107,8 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
-    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting, in all or for
+      this user; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
     """

@@ -35,7 +35,8 @@ class SessionServiceStub:
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
-    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting, in all or for
+      this user; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 
@@ -122,7 +123,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
-    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting, in all or for
+      this user; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 
@@ -205,7 +207,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
     - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
     - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
-    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting, in all or for
+      this user; nothing was applied.
     - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
     - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
 

@@ -62,7 +62,8 @@ export const DeleteProfileResponseSchema = /*@__PURE__*/
  * - INVALID_ARGUMENT / INVALID_REQUEST, with google.rpc.BadRequest: a violation per field, the first 20 of them.
  * - PERMISSION_DENIED / FORBIDDEN: the credentials do not allow this call.
  * - DEADLINE_EXCEEDED / DEADLINE_EXCEEDED: the deadline passed before the call was applied.
- * - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting; nothing was applied.
+ * - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: too many calls are waiting, in all or for
+ *   this user; nothing was applied.
  * - UNAVAILABLE / SHUTTING_DOWN and UNAVAILABLE / STORE_UNAVAILABLE, with google.rpc.RetryInfo.
  * - INTERNAL / INTERNAL: a bug, with `error_id` in the metadata.
  *
