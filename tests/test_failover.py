@@ -4,6 +4,7 @@ import asyncio
 import collections.abc
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import time
 import urllib.parse
@@ -83,6 +84,8 @@ class Prober:
     def __init__(self, client: replicas.Client) -> None:
         self._client = client
         self.probes: list[Probe] = []
+        # More users than one, of whom no more than 64 calls may wait.
+        self._users = itertools.cycle(f"prober {number}" for number in range(32))
         self._calls: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -95,7 +98,7 @@ class Prober:
 
     async def _call(self) -> None:
         began = time.monotonic()
-        refusal = await replicas.outcome(self._client.put_profile("prober"))
+        refusal = await replicas.outcome(self._client.put_profile(next(self._users)))
         self.probes.append(Probe(began, time.monotonic(), refusal))
 
     async def well_again(self, since: float) -> None:

@@ -369,7 +369,7 @@ async def test_postgres_answers_after_a_lease(engines: replicas.Engines) -> None
         settings = {**TIMERS_ALONE, "AFTERHOURS_WARNING_LEAD": "1s"}
         async with replicas.replica(by_way, **settings) as (_, client), replicas.replica(by_way, **settings):
             await onlooker.started(client, SESSIONS)
-            slow.delay_replies = 0.7
+            slow.delay_replies = 0.55  # a lease has 0.5
             await onlooker.closed_on_time(engines, SESSIONS, most=3)
 
             async def settled() -> bool:

@@ -26,6 +26,8 @@ class Schedule:
     def __init__(self, url: str, store: store.Store, clock: clock.Clock) -> None:
         server = redis_client.Server(url)
         self._clock = clock
+        # A process that has just started knows nothing of what happened before it, so it mends whoever did lately.
+        self._has_mended = False
         self._redis = server.client(connections=1, timeout=jobs.TIMEOUT)
         self.ends = timers.Timers(server, jobs.EXPIRE, store.expire, clock)
         self.warnings = timers.Timers(server, jobs.WARN, store.warn, clock)
@@ -71,13 +73,13 @@ class Schedule:
         await asyncio.gather(*(each.drop_of(ids) for each in self.kinds))
 
     async def mend(self, interval: float) -> sweep.Mended:
-        """Mend the timers, unless another replica began to less than `interval` seconds ago.
+        """Mend the timers: the first time always, then unless another replica began to within the last `interval` seconds.
 
         It takes about half of `interval` at most. Raise RedisError or `errors.StoreUnavailable`.
         """
         now = self._clock.now()
         mended = sweep.Mended()
-        if 0 <= now - await self._mended_at() < _RECENTLY * interval:
+        if self._has_mended and 0 <= now - await self._mended_at() < _RECENTLY * interval:
             return mended
         await self._redis.set(jobs.MENDED, jobs.score(now))
         at = datetime.datetime.fromtimestamp(now, datetime.UTC)
@@ -86,6 +88,7 @@ class Schedule:
             of_kind = await each.run_once(at, soon, _SHARE * interval)
             mended.armed += of_kind.armed
             mended.dropped += of_kind.dropped
+        self._has_mended = True
         return mended
 
     async def _mended_at(self) -> float:

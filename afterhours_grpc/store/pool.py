@@ -12,10 +12,10 @@ from afterhours_grpc.store import connections, hosts
 
 log = structlog.get_logger()
 
-# Seconds for which a connection is used without a question once its server has said that it accepts writes, and that
-# the server may take to say so. The question is a statement that can be lost without harm; a call's own cannot.
-_CHECKED_FOR = 0.25
-_CHECK_TIMEOUT = 0.5
+# Seconds for which a connection is used without a check after its server answered, and that the server may take to
+# answer one. A check can be lost without harm; the statement of a call cannot.
+_CHECKED_FOR = 1.0
+_CHECK_TIMEOUT = 1.0
 # Seconds between two such questions on the connection that listens.
 _LISTEN_CHECK = 1.0
 # Seconds after which an idle connection is closed.
@@ -29,7 +29,7 @@ class Connection:
         self.driver = driver
         self.host = host
         self.generation = generation
-        # In seconds of time.monotonic(). It is made to a server that accepts writes.
+        # In seconds of time.monotonic(): when the server answered last, and when the connection was released.
         self.checked = self.released = time.monotonic()
         # By their SQL.
         self.prepared: dict[str, asyncpg.prepared_stmt.PreparedStatement] = {}
@@ -38,8 +38,8 @@ class Connection:
 class Pool:
     """At most `size` connections to the server of `url` that accepts writes, and one for each `listen`.
 
-    A connection that has not been checked for 0.25 s is checked before it is used. If the server does not answer that
-    within 0.5 s, or is read-only, no connection of this generation is used again, and those of the next one are made to
+    A connection whose server has not answered for 1 s is checked before it is used. If the server does not answer that
+    within 1 s, or is read-only, no connection of this generation is used again, and those of the next one are made to
     another host if there is one. A call that waits for too long costs its own connection alone: it may wait for a
     standby, or for a slow disk, and whether the server is silent is found out by the next check.
 
@@ -75,6 +75,7 @@ class Pool:
                 connection = await self._open()
                 try:
                     yield connection
+                    connection.checked = time.monotonic()
                 except asyncpg.PostgresError as error:
                     if error.sqlstate == connections.READ_ONLY:
                         self._leave(connection, "read_only")
