@@ -12,8 +12,10 @@ from afterhours_grpc.store import database, store
 
 log = structlog.get_logger()
 
-# Seconds between two checks of Postgres and of the scheduler, and that a check may take.
+# Seconds between two checks of Postgres and of the scheduler, and that a check may take. A check that is given up costs
+# a connection, so a slow Postgres gets the time that a new connection and a statement need.
 _INTERVAL = 1.0
+_TIMEOUT = 2.0
 # Seconds for which Postgres may be unreachable before health says NOT_SERVING.
 _PATIENCE = 5.0
 
@@ -61,7 +63,7 @@ class HealthMonitor:
         """Check Postgres, and set the services' health."""
         began = time.monotonic()
         try:
-            async with asyncio.timeout(_INTERVAL):
+            async with asyncio.timeout(_TIMEOUT):
                 await self._store.check_writable()
             await self._recover()
         except (errors.StoreUnavailable, TimeoutError):

@@ -3,7 +3,6 @@
 import asyncio
 import collections.abc
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -364,19 +363,22 @@ async def test_a_silent_name_server(engines: replicas.Engines) -> None:
 
 async def test_postgres_answers_after_a_lease(engines: replicas.Engines) -> None:
     """Jobs whose statement takes longer than a lease are done, and gone: replicas do not claim them for ever."""
-    async with proxy.Proxy(engines.database_url) as slow:
-        by_way = dataclasses.replace(engines, database_url=slow.url)
-        settings = {**TIMERS_ALONE, "AFTERHOURS_WARNING_LEAD": "1s"}
-        async with replicas.replica(by_way, **settings) as (_, client), replicas.replica(by_way, **settings):
-            await onlooker.started(client, SESSIONS)
-            slow.delay_replies = 0.55  # a lease has 0.5
-            await onlooker.closed_on_time(engines, SESSIONS, most=3)
+    settings = {**TIMERS_ALONE, "AFTERHOURS_WARNING_LEAD": "1s"}
+    async with replicas.replica(engines, **settings) as (_, client), replicas.replica(engines, **settings):
+        await onlooker.started(client, SESSIONS)
+        await engines.rows("""
+            CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.7); RETURN NULL; END'
+        """)
+        await engines.rows("""
+            CREATE TRIGGER slowly AFTER UPDATE ON after_hours_sessions FOR EACH STATEMENT EXECUTE FUNCTION slowly()
+        """)
+        await onlooker.closed_on_time(engines, SESSIONS, most=3)
 
-            async def settled() -> bool:
-                async with redis.Redis.from_url(engines.redis_url) as client_of_redis:
-                    return not await client_of_redis.exists("afterhours:jobs", "afterhours:warnings")
+        async def settled() -> bool:
+            async with redis.Redis.from_url(engines.redis_url) as client_of_redis:
+                return not await client_of_redis.exists("afterhours:jobs", "afterhours:warnings")
 
-            await replicas.eventually(settled, within=4)
+        await replicas.eventually(settled, within=4)
 
 
 async def test_a_process_that_was_stopped_goes_on(engines: replicas.Engines) -> None:

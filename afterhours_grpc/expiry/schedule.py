@@ -73,7 +73,7 @@ class Schedule:
         await asyncio.gather(*(each.drop_of(ids) for each in self.kinds))
 
     async def mend(self, interval: float) -> sweep.Mended:
-        """Mend the timers: the first time always, then unless another replica began to within the last `interval` seconds.
+        """Mend the timers, the first time always, and later unless another replica began to within `interval` seconds.
 
         It takes about half of `interval` at most. Raise RedisError or `errors.StoreUnavailable`.
         """
