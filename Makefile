@@ -100,7 +100,7 @@ bench-storm: $(VENV)/installed ## Measure 10,000 sessions that are due in one se
 	@$(BIN)/python bench/storm.py $(ARGS)
 
 .PHONY: chaos
-chaos: $(VENV)/installed ## Kill, stop and restart three replicas under load for two minutes; check what callers saw
+chaos: $(VENV)/installed ## Break three replicas and their engines under load for two minutes; check what callers saw
 	@$(BIN)/python tests/chaos.py $(ARGS)
 
 .PHONY: generate
