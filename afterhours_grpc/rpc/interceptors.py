@@ -12,7 +12,6 @@ import uuid
 import grpc
 import structlog
 from google.protobuf import message
-from grpc_status import rpc_status
 
 from afterhours_grpc import logs
 from afterhours_grpc.rpc import auth, journal, status, wire
@@ -165,7 +164,7 @@ class _Call:
             self._boundary.leave()
         self._boundary.note(journal.Note(self._method, code.name, reason, seconds, caller, request_id))
         if error:
-            told = rpc_status.to_status(status.status(error))
+            told = status.sent(error)
             await self._context.abort(told.code, told.details, told.trailing_metadata)
 
 

@@ -1,11 +1,13 @@
 """One table: a domain error -> its gRPC code and reason; and the details that go with some."""
 
 import datetime
+import typing
 
 import grpc
 from afterhours.v1 import error_reason_pb2
 from google.protobuf import any_pb2, message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from afterhours_grpc.rpc import cursors
 from afterhours_grpc.sessions import errors
@@ -57,6 +59,11 @@ def code(error: errors.SessionError) -> grpc.StatusCode:
 def reason(error: errors.SessionError) -> str:
     """Give the name of an error's reason, without its prefix."""
     return error_reason_pb2.ErrorReason.Name(_TABLE[type(error)][1]).removeprefix("ERROR_REASON_")
+
+
+def sent(error: errors.SessionError) -> typing.Any:
+    """Return an error's code, message and trailing metadata, as `grpc.Status` has them."""
+    return _CONSTANT.get(type(error)) or rpc_status.to_status(status(error))
 
 
 def status(error: errors.SessionError) -> status_pb2.Status:
@@ -127,3 +134,17 @@ def _packed(detail: message.Message) -> any_pb2.Any:
 
 def _rfc3339(at: datetime.datetime) -> str:
     return at.astimezone(datetime.UTC).isoformat().replace("+00:00", "Z")
+
+
+# What says the same each time is rendered once: under a flood, a refusal must cost less than an answer.
+_CONSTANT: dict[type[Exception], typing.Any] = {
+    kind: rpc_status.to_status(status(kind()))
+    for kind in (
+        errors.Forbidden,
+        errors.NoActiveSession,
+        errors.Overloaded,
+        errors.DeadlineExceeded,
+        errors.ShuttingDown,
+        errors.StoreUnavailable,
+    )
+}
