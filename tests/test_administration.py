@@ -185,9 +185,11 @@ async def test_a_session_that_starts_during_an_erasure(engines: replicas.Engines
 
 
 async def test_an_erasure_of_an_id_that_nobody_can_have(engines: replicas.Engines) -> None:
-    """Nothing is stored under it, and that is recorded as for any other."""
-    words = ("erase-user", 300 * "x", "--reference", "ticket 1")
-    assert await command(engines, *words) == (0, ["erased no profile and 0 sessions, of which 0 ended now"])
+    """It is refused, and nothing is recorded."""
+    status, said = await command(engines, "erase-user", 300 * "x", "--reference", "ticket 1")
+    assert status == 2
+    assert "1 to 255 code" in " ".join(said)
+    assert not await engines.rows("SELECT FROM after_hours_data_requests")
 
 
 async def test_without_redis(engines: replicas.Engines) -> None:

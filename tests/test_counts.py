@@ -128,7 +128,7 @@ async def test_what_was_rolled_back_is_not_counted(engines: replicas.Engines) ->
             " FOR EACH ROW EXECUTE FUNCTION refuse()"
         )
         count = Count()
-        assert (await replicas.refused(client.delete_profile("ada"))).reason == "INTERNAL"
+        assert (await replicas.refused(client.delete_profile("ada"))).reason == "STORE_UNAVAILABLE"
         assert count.more() == 0
         await engines.rows("DROP TRIGGER refuse ON after_hours_sessions")
         await client.delete_profile("ada")

@@ -520,7 +520,7 @@ async def test_too_many_starts_wait(engines: replicas.Engines) -> None:
             stack.push_async_callback(each.close)
         async with replicas.locked(engines, "LOCK TABLE after_hours_profiles IN ACCESS EXCLUSIVE MODE"):
             starting = [
-                asyncio.create_task(replicas.refused(caller.start(f"user {number} {n}")))
+                asyncio.create_task(replicas.refused(caller.start(f"user {number} {n}", timeout=30)))
                 for n in range(900)
                 for number, caller in enumerate(callers)
             ]

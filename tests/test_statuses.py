@@ -78,7 +78,14 @@ refusals = strategies.one_of(
         strategies.uuids().map(session.SessionId),
         strategies.datetimes(timezones=strategies.just(datetime.UTC)),
     ),
-    strategies.builds(errors.SlowConsumer, strategies.integers(0, 2**63 - 1)),
+    strategies.builds(
+        errors.SlowConsumer,
+        strategies.builds(
+            session.Position,
+            strategies.integers(0, 2**63 - 1),
+            strategies.datetimes(datetime.datetime(1970, 1, 1), timezones=strategies.just(datetime.UTC)),  # noqa: DTZ001
+        ),
+    ),
     strategies.just(errors.Bug(uuid.uuid4().hex)),
 )
 
