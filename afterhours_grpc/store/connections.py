@@ -46,6 +46,13 @@ READ_ONLY = "25006"
 # transaction that was idle for too long, since this process was stopped.
 AWAY = ("08", "28", "3D", "53", "57", READ_ONLY, "25P03")
 
+# A setting that is "on" in recovery, too; the first 8 hexadecimal digits of a WAL file's name are its timeline.
+_ROLE = """
+SELECT current_setting('transaction_read_only') = 'off' AS writable, system_identifier AS system,
+    CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END AS timeline
+FROM pg_control_system()
+"""
+
 # Whatever keeps a connection from being made or used.
 FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
@@ -65,7 +72,7 @@ class Misconfigured(CannotConnect):
 
 
 class ReadOnlyError(ConnectionError):
-    """The server does not accept writes: it is a standby, or read-only."""
+    """The server does not accept writes: it is a standby, read-only, or a primary that another server has replaced."""
 
 
 class Connector:
@@ -79,6 +86,8 @@ class Connector:
         self._url = url
         self._settings = dict(settings)
         self._order: list[hosts.Host] = []
+        # The newest timeline of each database cluster, by its system identifier: a restored one may begin anew.
+        self._timelines: dict[int, str] = {}
 
     async def connect(self) -> tuple[asyncpg.Connection, hosts.Host]:
         """Return a connection to a server that accepts writes, and its host. Raise CannotConnect within 4 s."""
@@ -100,6 +109,19 @@ class Connector:
         if not isinstance(cause, (*FAILURES, ValueError)):  # a bug, of ours or the driver's
             raise cause
         raise cannot_connect(cause) from cause
+
+    async def check(self, connection: asyncpg.Connection) -> None:
+        """Raise ReadOnlyError unless the server accepts writes and is the newest primary that was seen.
+
+        An old primary that was frozen while another server was promoted accepts writes when it goes on, and answers
+        from a history that has ended. Each promotion begins a timeline, so its own is behind. Raise one of FAILURES if
+        the server does not answer.
+        """
+        role = await connection.fetchrow(_ROLE)
+        newest = self._timelines.get(role["system"], "")
+        if not role["writable"] or role["timeline"] < newest:
+            raise ReadOnlyError
+        self._timelines[role["system"]] = role["timeline"]
 
     def distrust(self, host: hosts.Host) -> None:
         """Try a host last from now on: its server fell silent, or lost its role."""
@@ -132,7 +154,7 @@ class Connector:
         )
         try:
             _keep_alive(connection)
-            await check(connection)
+            await self.check(connection)
         except BaseException:
             connection.terminate()
             raise
@@ -147,13 +169,6 @@ async def connect(url: str, settings: collections.abc.Mapping[str, str] = SESSIO
     """Return a connection to the server of `url` that accepts writes. Raise CannotConnect within 4 s."""
     connection, _ = await Connector(url, settings).connect()
     return connection
-
-
-async def check(connection: asyncpg.Connection) -> None:
-    """Raise ReadOnlyError unless the server accepts writes, and one of FAILURES if it does not answer."""
-    # "on" in recovery, too.
-    if await connection.fetchval("SHOW transaction_read_only") != "off":
-        raise ReadOnlyError
 
 
 @contextlib.contextmanager

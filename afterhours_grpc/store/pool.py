@@ -133,7 +133,7 @@ class Pool:
             return False
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
-                await connections.check(connection.driver)
+                await self._connector.check(connection.driver)
         except connections.FAILURES as error:
             connection.driver.terminate()
             if isinstance(error, connections.ReadOnlyError):
