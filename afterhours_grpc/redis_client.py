@@ -93,7 +93,7 @@ class Server:
         return resolving
 
     def note(self, error: redis.RedisError) -> None:
-        """Have all connections replaced if the error means that the server failed or takes no writes."""
+        """Replace all connections if the error means that the server failed or takes no writes."""
         code = error.status_code or str(error).partition(" ")[0]
         lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
         # Redis 6 has the code of what failed in a script in the middle of its text.

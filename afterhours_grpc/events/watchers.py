@@ -44,7 +44,7 @@ class Watcher(typing.Generic[Rendered]):
         self.wanted.set()
 
     def fall_behind(self) -> None:
-        """Have it read by itself what comes after its position."""
+        """Make it read on from its position by itself."""
         self.behind = True
         self.waiting.clear()
         self.wanted.set()

@@ -94,7 +94,7 @@ class Claims:
             return {claim.session_id: self._held.pop(claim.session_id) for claim in claims}
 
     def took(self, seconds: float) -> None:
-        """Note for how long claims had to be held until they could be settled: the next leases must last longer."""
+        """Record how long claims had to be held until they could be settled: the next leases must last longer."""
         self._lease = min(max(LEASE, 2 * seconds), _LONGEST_LEASE)
 
     def close(self) -> None:

@@ -155,7 +155,7 @@ class Connector:
         try:
             _keep_alive(connection)
             await self.check(connection)
-        except BaseException:
+        except BaseException:  # a cancellation, too
             connection.terminate()
             raise
         return connection

@@ -15,11 +15,8 @@ stay in the way of every scan, so neither is asked for here:
 
 import asyncio
 import collections.abc
-import contextlib
 import dataclasses
 import datetime
-
-import asyncpg
 
 from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import database, fragments, rows
@@ -241,8 +238,7 @@ class Outbox:
 
     async def listen(self, wake: asyncio.Event) -> None:
         """Set `wake` whenever events were placed, until the connection is lost or the task is cancelled."""
-        with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            await self._database.listen(CHANNEL, wake.set)
+        await self._database.listen(CHANNEL, wake.set)
 
 
 def _position(row: database.Row) -> session.Position:
