@@ -33,7 +33,8 @@ run: $(VENV)/installed ## Start the service on a Postgres and a Redis of its own
 test: $(VENV)/installed ## Run every test, on real engines; ARGS runs some, one at a time
 ifeq ($(ARGS),)
 	@failed=0; \
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not alone" || failed=1; \
+	$(BIN)/pytest --numprocesses 3 --dist loadfile -m "not timed and not alone" || failed=1; \
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m timed || failed=1; \
 	$(BIN)/pytest -m alone || failed=1; \
 	exit $$failed
 else

@@ -54,33 +54,6 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> collections.abc.It
         yield server
 
 
-# They are about time, or load: what runs beside them would be told in their results.
-_ALONE = {
-    "test_callers",
-    "test_chaos",
-    "test_expiry",
-    "test_failover",
-    "test_garbage",
-    "test_health",
-    "test_health_monitor",
-    "test_health_watch",
-    "test_postgres_faults",
-    "test_process_faults",
-    "test_queues",
-    "test_redis_faults",
-    "test_restart",
-    "test_timer_faults",
-    "test_workers",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that `make test` runs one at a time."""
-    for item in items:
-        if item.path.stem in _ALONE:
-            item.add_marker(pytest.mark.alone)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what is marked `front_door` on both transports."""
     if "transport" in metafunc.fixturenames and metafunc.definition.get_closest_marker("front_door"):

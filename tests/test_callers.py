@@ -9,7 +9,7 @@ import pytest
 import replicas
 from redis import asyncio as redis
 
-pytestmark = pytest.mark.front_door
+pytestmark = [pytest.mark.front_door, pytest.mark.alone]
 
 _CALLS = 10_000
 _USERS = 200

@@ -5,8 +5,11 @@ import random
 
 import chaos
 import pair
+import pytest
 import replicas
 import stage
+
+pytestmark = pytest.mark.alone
 
 
 async def test_what_callers_see_under_chaos_is_linearizable(engines: replicas.Engines) -> None:

@@ -24,7 +24,7 @@ import pytest_asyncio
 import replicas
 
 from afterhours_grpc.embedded import postgres
-from afterhours_grpc.store import schema
+from afterhours_grpc.store import migration, schema
 
 _numbers = itertools.count()
 
@@ -229,7 +229,7 @@ async def waiting(
         await stack.enter_async_context(one.transaction())
         await one.execute("LOCK TABLE after_hours_schema")
         other = await stack.enter_async_context(connected(f"{place}/waiting_empty"))
-        await other.execute(f"SELECT pg_advisory_lock({schema._ADVISORY_LOCK})")
+        await other.execute(f"SELECT pg_advisory_lock({migration._ADVISORY_LOCK})")
         silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         silence = f"postgresql://ada:{SECRET}@127.0.0.1:{silent.getsockname()[1]}/ada"
         server = urllib.parse.urlsplit(place).netloc.rpartition("@")[2]

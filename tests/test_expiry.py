@@ -8,6 +8,8 @@ import pytest
 import replicas
 from redis import asyncio as redis
 
+pytestmark = pytest.mark.alone
+
 KEY = "afterhours:jobs"
 
 

@@ -19,7 +19,7 @@ import replicas
 from afterhours_grpc.embedded import redis
 from afterhours_grpc.store import connections
 
-pytestmark = [pair.needed, pytest.mark.store]
+pytestmark = [pair.needed, pytest.mark.store, pytest.mark.timed]
 
 # Seconds after a promotion by which calls are OK again.
 LONGEST = 5.0

@@ -14,7 +14,7 @@ import replicas
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-pytestmark = pytest.mark.front_door
+pytestmark = [pytest.mark.front_door, pytest.mark.timed]
 
 SESSIONS = "afterhours.v1.SessionService"
 PROFILES = "afterhours.v1.ProfileService"

@@ -14,6 +14,8 @@ from grpc_health.v1 import health_pb2
 from afterhours_grpc import background, health_monitor
 from afterhours_grpc.store import database, store
 
+pytestmark = pytest.mark.timed
+
 _Status = health_pb2.HealthCheckResponse
 
 

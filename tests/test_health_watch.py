@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from afterhours_grpc.rpc import server
 
-pytestmark = pytest.mark.front_door
+pytestmark = [pytest.mark.front_door, pytest.mark.timed]
 
 SESSIONS = "afterhours.v1.SessionService"
 _WATCH = "/grpc.health.v1.Health/Watch"

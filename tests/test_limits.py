@@ -13,7 +13,7 @@ from afterhours.v1 import session_event_pb2, session_pb2, session_service_pb2
 from sqlalchemy.ext import asyncio as sa_asyncio
 
 from afterhours_grpc.embedded import postgres
-from afterhours_grpc.store import schema
+from afterhours_grpc.store import migration, schema
 
 pytestmark = pytest.mark.store
 
@@ -175,7 +175,7 @@ async def _migrated_to(url: str, version: str) -> None:
     """Bring an empty database to a version of the schema."""
 
     def upgrade(connection: sa.Connection) -> None:
-        settings = schema.config()
+        settings = migration.config()
         settings.attributes["connection"] = connection
         alembic.command.upgrade(settings, version)
 

@@ -28,7 +28,7 @@ from afterhours_grpc.store import schema
 
 Call = collections.abc.Callable[..., collections.abc.Awaitable[session_pb2.Session]]
 
-pytestmark = pytest.mark.store
+pytestmark = [pytest.mark.store, pytest.mark.timed]
 
 # Seconds that a call waits for Postgres at most, and what a machine that has more to do may add.
 LONGEST = 5.0

@@ -9,7 +9,7 @@ import replicas
 
 from afterhours_grpc import failpoints
 
-pytestmark = pytest.mark.front_door
+pytestmark = [pytest.mark.front_door, pytest.mark.timed]
 
 _OVERDUE = """
 INSERT INTO after_hours_sessions (user_id, started_at, expires_at, latitude, longitude, fuzzed_latitude,

@@ -12,7 +12,7 @@ import pytest
 import replicas
 from afterhours.v1 import profile_service_pb2, session_service_pb2
 
-pytestmark = pytest.mark.store
+pytestmark = [pytest.mark.store, pytest.mark.alone]
 
 # Calls of one kind of one user that may wait.
 PER_USER = 64

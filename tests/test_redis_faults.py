@@ -21,6 +21,8 @@ from redis import asyncio as redis
 from afterhours_grpc.embedded import redis as embedded
 from afterhours_grpc.sessions import session
 
+pytestmark = pytest.mark.timed
+
 SESSIONS = 100
 INTERVAL = 1
 SWEPT = {"AFTERHOURS_RECONCILE_INTERVAL": f"{INTERVAL}s"}

@@ -2,7 +2,10 @@
 
 import asyncio
 
+import pytest
 import replicas
+
+pytestmark = pytest.mark.timed
 
 
 async def test_what_expired_meanwhile_is_closed_before_serving(engines: replicas.Engines) -> None:

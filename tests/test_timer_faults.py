@@ -319,6 +319,8 @@ _NAMELESS = """
 import socket, time
 from afterhours_grpc import __main__
 
+pytestmark = pytest.mark.timed
+
 resolve = socket.getaddrinfo
 
 def silent(host, *arguments, **options):

@@ -10,6 +10,8 @@ import psutil
 import pytest
 import replicas
 
+pytestmark = pytest.mark.timed
+
 _COUNT = 3
 
 
