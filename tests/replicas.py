@@ -12,6 +12,7 @@ import uuid
 
 import asyncpg
 import grpc
+import pytest
 from afterhours.v1 import (
     profile_pb2,
     profile_service_pb2,
@@ -300,6 +301,15 @@ async def process(engines: Engines, **overrides: str) -> collections.abc.AsyncIt
             await client.close()
     finally:
         await running.stop()
+
+
+async def not_served(engines: Engines, **overrides: str) -> str:
+    """Run a server in this process, which must refuse to start, and return the one line that it says."""
+    with pytest.raises((app.StartError, settings.SettingsError)) as refused:
+        async with replica(engines, **overrides):
+            pass
+    [line] = str(refused.value).splitlines()
+    return line
 
 
 async def refusal_to_start(environment: dict[str, str]) -> str:

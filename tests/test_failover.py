@@ -15,6 +15,7 @@ import pair
 import proxy
 import pytest
 import replicas
+from afterhours.v1 import session_pb2, session_service_pb2
 
 from afterhours_grpc.embedded import redis
 from afterhours_grpc.store import connections
@@ -213,6 +214,29 @@ async def test_a_name_that_still_leads_to_the_old_primary(stage: Stage) -> None:
         name.lead_to(servers.primary.url())
         async with probing(client) as prober:
             await prober.well_again(time.monotonic())
+
+
+async def test_a_primary_that_was_replaced_is_not_used(stage: Stage) -> None:
+    """An old primary that goes on, and accepts writes, does not answer while the new one is down."""
+    servers = stage.servers
+    async with replicas.replica(stage.engines()) as (_, client):
+        await client.put_profile("ada")
+        await frozen(servers)
+
+        async def started() -> bool:
+            return isinstance(await replicas.outcome(client.start("ada")), session_pb2.Session)
+
+        async def known() -> bool:
+            return isinstance(await replicas.outcome(client.get("ada")), session_service_pb2.GetSessionResponse)
+
+        await replicas.eventually(started, within=LONGEST)
+        servers.standby.thaw()
+        await servers.primary.kill()
+        for _ in range(10):
+            assert (await replicas.refused(client.get("ada"))).reason == "STORE_UNAVAILABLE"
+        await servers.primary.start()
+        await replicas.eventually(known, within=LONGEST)
+        assert (await client.get("ada")).session.user_id == "ada"
 
 
 async def test_a_start_beside_a_silent_host(stage: Stage) -> None:

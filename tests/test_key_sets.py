@@ -80,7 +80,7 @@ async def test_a_symmetric_key_in_a_set_is_no_key(engines: replicas.Engines, tmp
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
     for name in (*bad, "nowhere"):
-        line = await replicas.refusal_to_start(engines.environment(**by_file(tmp_path / name)))
+        line = await replicas.not_served(engines, **by_file(tmp_path / name))
         assert "AFTERHOURS_JWKS_URL" in line, name
 
 

@@ -57,6 +57,7 @@ async def described(url: str) -> dict[str, list[tuple[typing.Any, ...]]]:
 
 async def test_migrations_make_what_tables_say(engines: replicas.Engines, postgres_server: postgres.Postgres) -> None:
     """A database that was migrated has the columns, constraints and indexes of `tables`, and nothing else."""
+    assert await schema.current(engines.database_url) == schema.newest()
     place = postgres_server.url.rpartition("/")[0]
     administrator = await asyncpg.connect(f"{place}/postgres")
     await administrator.execute("CREATE DATABASE created TEMPLATE template0")

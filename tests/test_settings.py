@@ -10,6 +10,13 @@ from cryptography.hazmat.primitives import serialization
 from afterhours_grpc import address, settings
 
 SECRET = "not-to-be-shown"
+# Settings that could be served, were there a Postgres.
+GOOD = {
+    "DATABASE_URL": "postgresql://ada@127.0.0.1:1/afterhours",
+    "AFTERHOURS_AUTH": "none",
+    "AFTERHOURS_FUZZ_KEY": replicas.FUZZ_KEY,
+    "AFTERHOURS_LISTEN": "127.0.0.1:0",
+}
 NO_TEXT = os.fsdecode(b"\xff" + SECRET.encode() + b"\xff" * 32)
 
 
@@ -50,6 +57,42 @@ def test_a_value_that_could_not_be_served(name: str, value: str) -> None:
     assert SECRET not in told
     assert "\udcff" not in told
     assert len(told) < 250
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", f"mysql://ada:{SECRET}@localhost/afterhours"),
+        ("DATABASE_URL", ""),
+        ("REDIS_URL", f"http://:{SECRET}@localhost"),
+        ("AFTERHOURS_LISTEN", "127.0.0.1:65536"),
+        ("AFTERHOURS_DURATIONS", "15m,0s"),
+        ("AFTERHOURS_DRAIN", "-1s"),
+        ("AFTERHOURS_REFLECTION", "perhaps"),
+        ("AFTERHOURS_METRICS_LISTEN", "9090"),
+        ("AFTERHOURS_FUZZ_KEY", f"1:{SECRET}"),
+        ("AFTERHOURS_FUZZ_KEY", f"{SECRET}, and long enough, but of no version"),
+        ("AFTERHOURS_FUZZ_KEY", ""),
+        ("AFTERHOURS_FUZZ_KEY", f"1:{SECRET}, and long enough,1:{SECRET}, twice the same version"),
+        ("AFTERHOURS_AUTH", "basic"),
+        ("AFTERHOURS_AUTH", "jwt"),
+        ("AFTERHOURS_AUTH", "mtls"),
+        ("AFTERHOURS_LISTEN", "0.0.0.0:0"),
+        ("AFTERHOURS_JWT_SECRET", SECRET),
+        ("AFTERHOURS_JWKS_URL", "http://localhost/jwks.json"),
+        ("AFTERHOURS_GATES", "gold"),
+        ("AFTERHOURS_RATE_LIMIT", "0"),
+        ("AFTERHOURS_EVENT_RETENTION", "36501d"),
+        ("AFTERHOURS_HISTORY_RETENTION", "86399s"),
+    ],
+)
+def test_a_setting_that_is_bad_or_missing(name: str, value: str) -> None:
+    """It is refused in one line, which names it and repeats no secret, where all else is well."""
+    with pytest.raises(settings.SettingsError) as refusal:
+        settings.load({key: each for key, each in {**GOOD, name: value}.items() if each}).check()
+    [told] = str(refusal.value).splitlines()
+    assert name in told
+    assert SECRET not in told
 
 
 @pytest.mark.parametrize(

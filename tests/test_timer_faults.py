@@ -20,6 +20,8 @@ from redis import asyncio as redis
 
 from afterhours_grpc.embedded import redis as embedded
 
+pytestmark = pytest.mark.timed
+
 # So that what closes a session is its timer.
 TIMERS_ALONE = {"AFTERHOURS_RECONCILE_INTERVAL": "1h"}
 SESSIONS = 100
@@ -318,8 +320,6 @@ async def test_a_scheduler_that_hangs_ends_the_process(engines: replicas.Engines
 _NAMELESS = """
 import socket, time
 from afterhours_grpc import __main__
-
-pytestmark = pytest.mark.timed
 
 resolve = socket.getaddrinfo
 
