@@ -509,6 +509,7 @@ async def test_the_deadline_passes_in_the_queue(engines: replicas.Engines) -> No
         assert (await client.get("ada")).session.expire_time == extended.expire_time
 
 
+@pytest.mark.alone
 async def test_too_many_starts_wait(engines: replicas.Engines) -> None:
     """Past the bound of its queue a start is OVERLOADED and not applied; ends and profiles do not wait behind it."""
     async with replicas.replica(engines) as (service, client), contextlib.AsyncExitStack() as stack:
@@ -524,8 +525,10 @@ async def test_too_many_starts_wait(engines: replicas.Engines) -> None:
                 for n in range(900)
                 for number, caller in enumerate(callers)
             ]
-            first, _ = await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
-            refusal = first.pop().result()
+            # On a busy machine the first ones give up waiting for the lock before the last ones are sent.
+            for ended in asyncio.as_completed(starting):
+                if (refusal := await ended).reason != "STORE_UNAVAILABLE":
+                    break
             assert refusal.reason == "OVERLOADED", refusal
             assert (await client.end("ada", timeout=2)).user_id == "ada"
         told = collections.Counter((each.code, each.reason) for each in await asyncio.gather(*starting))
