@@ -120,6 +120,35 @@ async def overlapping(engines: replicas.Engines, users: list[str]) -> None:
             await transactions[-1 - number % 5].execute(WRITE, "STARTED", user, 5)
 
 
+async def test_a_replica_that_vanishes_while_it_places_events(engines: replicas.Engines) -> None:
+    """The lock of a replica that falls silent while it holds it is released, and the events of others go on."""
+    async with (
+        replicas.replica(engines) as (_, client),
+        proxy.Proxy(engines.database_url) as network,
+        replicas.replica(dataclasses.replace(engines, database_url=network.url)) as (_, vanishing),
+        watches.watching(client, ["bob"]) as watch,
+    ):
+        for user_id in ("ada", "bob"):
+            await client.put_profile(user_id)
+        async with replicas.locked(engines, f"SELECT pg_advisory_xact_lock({int.from_bytes(b'outbox')})"):
+            await client.start("ada")
+            # Places what is committed before it begins, and so is the next one to hold the lock.
+            opening = watches.Watch(vanishing)
+            refused = asyncio.create_task(replicas.refused(opening.next()))
+            await replicas.eventually(engines.in_flight, within=5)
+            network.swallow_replies = True
+
+        async def holds() -> bool:
+            return bool(await engines.rows("SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted"))
+
+        await replicas.eventually(holds, within=5)
+        await client.start("bob")
+        await watch.events(1, within=1.5)
+        network.swallow_replies = False
+        network.cut()
+        assert (await refused).reason == "STORE_UNAVAILABLE"
+
+
 async def test_a_backlog_keeps_its_order(engines: replicas.Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backlog of more than a statement looks at, from transactions that overlapped, is placed in the order of ids."""
     monkeypatch.setattr(outbox, "_PLACED", 50)

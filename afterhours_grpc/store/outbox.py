@@ -26,11 +26,15 @@ CHANNEL = "afterhours_events"
 # Held until the transaction ends, which works behind a pooler, too. One number for every database: "outbox" as
 # big-endian bytes.
 _KEY = int.from_bytes(b"outbox")
-LOCK = database.Statement(f"SELECT pg_advisory_xact_lock({_KEY})")
+# The events of all users wait for the lock, so a process that vanishes or stops while it holds it loses it after 0.5 s.
+_BRIEFLY = "set_config('idle_in_transaction_session_timeout', '500', true)"
+LOCK = database.Statement(f"SELECT pg_advisory_xact_lock({_KEY}), {_BRIEFLY}")
 # For placing: a bitmap scan would read and sort a whole backlog to place the first part of it.
 _IN_ORDER = "set_config('enable_bitmapscan', 'off', true)"
-_WAIT = database.Statement(f"SELECT true AS held, pg_advisory_xact_lock({_KEY}), {_IN_ORDER}")
-_TRY = database.Statement(f"SELECT pg_try_advisory_xact_lock({_KEY}) AS held, {_IN_ORDER}")
+# Waits longer than a vanished process keeps the lock. Postgres evaluates the columns from left to right.
+_WAIT = database.Statement(f"""SELECT true AS held, set_config('lock_timeout', '2000', true),
+    pg_advisory_xact_lock({_KEY}), {_BRIEFLY}, {_IN_ORDER}""")
+_TRY = database.Statement(f"SELECT pg_try_advisory_xact_lock({_KEY}) AS held, {_BRIEFLY}, {_IN_ORDER}")
 
 # Events that one statement moves, and among how many of the outbox it looks for the oldest. Events of one user have
 # ids in their order, while transaction ids may be in another where transactions overlapped: the difference is more rows
