@@ -26,7 +26,9 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251 - written, and before grpc is loaded
     from afterhours_grpc import cli  # noqa: PLC0415 - only now is it known to be importable
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
+    if sys.argv[1:2] != ["serve"]:
+        # What these have begun is undone. `serve` has nothing to undo until it receives signals itself.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
     cli.app()
 
 
