@@ -1,5 +1,6 @@
 """`python -m afterhours_grpc`, and the console script."""
 
+import collections.abc
 import importlib.util
 import os
 import signal
@@ -11,10 +12,10 @@ def main() -> None:
     _open_standard_files()
     # A server that is stopped before it serves has nothing to drain. Of any other command the status must not say that
     # it was done. Until all is imported not by an exception, which Python 3.11 turns into another in some places.
-    status = 0 if sys.argv[1:2] in (["serve"], ["dev"]) else 128 + signal.SIGTERM
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
-    if sys.argv[1:2] == ["serve"]:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(status))
+    serves = sys.argv[1:2] in (["serve"], ["dev"])
+    status = 0 if serves else 128 + signal.SIGTERM
+    signals = (signal.SIGTERM, signal.SIGINT) if serves else (signal.SIGTERM,)
+    _handle(signals, lambda *_: os._exit(status))
     try:
         "".join(sys.argv).encode()
     except UnicodeEncodeError:
@@ -26,8 +27,25 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251 - written, and before grpc is loaded
     from afterhours_grpc import cli  # noqa: PLC0415 - only now is it known to be importable
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
-    cli.app()
+    def undo(*_: object) -> None:
+        # A second signal must not interrupt what the first one has begun.
+        _handle(signals, lambda *_: None)
+        sys.exit(status)
+
+    if sys.argv[1:2] != ["serve"]:  # it has nothing to undo until it receives signals itself
+        _handle(signals, undo)
+    try:
+        cli.app()
+    finally:
+        # At its end the interpreter drops handlers, and a signal would kill the process with another status.
+        _handle(signals, signal.SIG_IGN)
+
+
+def _handle(
+    signals: collections.abc.Iterable[signal.Signals], handler: collections.abc.Callable[..., object] | signal.Handlers
+) -> None:
+    for number in signals:
+        signal.signal(number, handler)
 
 
 def _open_standard_files() -> None:

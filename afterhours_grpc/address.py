@@ -32,4 +32,10 @@ def parse(text: object) -> Address:
     found = _FORM.fullmatch(str(text))
     if not found or int(found["port"]) > 65535:
         raise ValueError("must be host:port, with a port from 0 to 65535")
-    return Address(found["bracketed"] or found["host"], int(found["port"]))
+    host = found["bracketed"] or found["host"]
+    try:
+        # As it is resolved later, where this error would not be expected.
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError("must be host:port, with a host name or an address") from None
+    return Address(host, int(found["port"]))

@@ -3,6 +3,7 @@
 import asyncio
 import collections.abc
 import contextlib
+import functools
 
 import prometheus_client
 import structlog
@@ -93,6 +94,7 @@ async def running(
         for each in timed.kinds:
             tasks.keep("timer fires", each.fire)
         tasks.keep("reconciler", sweeper.run)
+        tasks.keep("clock", functools.partial(database_clock.run, session_store))
         timed.start()
         stack.push_async_callback(timed.stop)
         watched = feed.Feed(events, session_store.noted, rendering.event_bytes)

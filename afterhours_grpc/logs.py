@@ -89,16 +89,24 @@ def _json(_: object, __: str, event: structlog.typing.EventDict) -> bytes:
 
 
 class _Console:
-    """Renders for people."""
+    """Renders for people, whose terminals must not obey what callers send."""
 
     def __init__(self) -> None:
         self._render = structlog.dev.ConsoleRenderer()
 
     def __call__(self, logger: typing.Any, name: str, event: structlog.typing.EventDict) -> bytes:
         try:
-            return self._render(logger, name, dict(event)).encode(errors="backslashreplace")
+            harmless = {key: _harmless(value) for key, value in event.items()}
+            return self._render(logger, name, harmless).encode(errors="backslashreplace")
         except Exception as error:  # noqa: BLE001 - as in _json
             return _unrendered(event, error)
+
+
+def _harmless(value: object) -> object:
+    """Escape the control characters of a text."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in value)
 
 
 def _unrendered(event: structlog.typing.EventDict, error: Exception) -> bytes:

@@ -26,6 +26,7 @@ from afterhours_grpc import redis_url, threads
 
 # Members of our keys that somebody else wrote may be no text. They can be removed only by the same bytes.
 _ENCODING_ERRORS = "surrogateescape"
+_TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 # Replies of a server that cannot be written to, and that another one may have replaced: a replica, one that is loading
 # its data, one that lost its replicas, its cluster or its disk.
 _UNUSABLE = frozenset({"READONLY", "MASTERDOWN", "LOADING", "CLUSTERDOWN", "NOREPLICAS", "MISCONF", "UNBLOCKED"})
@@ -51,13 +52,12 @@ class Server:
             _AsyncUnix if self._scheme == "unix" else _AsyncTLS if self._scheme == "rediss" else _AsyncTCP
         )
         options = {
-            **self._common(timeout),
             "connection_class": connection,
             "retry": redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0),
             "max_connections": connections,
             "timeout": timeout,
         }
-        return redis.asyncio.BlockingConnectionPool(**(options | self._options))
+        return redis.asyncio.BlockingConnectionPool(**(options | self._common(timeout)))
 
     def blocking_client(self, *, timeout: float) -> redis.Redis:
         """Return a client for a thread; connecting, writing and reading take at most `timeout` seconds each."""
@@ -65,19 +65,19 @@ class Server:
             _Unix if self._scheme == "unix" else _TLS if self._scheme == "rediss" else _TCP
         )
         options = {
-            **self._common(timeout),
             "connection_class": connection,
             "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         }
-        return redis.Redis.from_pool(redis.ConnectionPool(**(options | self._options)))
+        return redis.Redis.from_pool(redis.ConnectionPool(**(options | self._common(timeout))))
 
     def _common(self, timeout: float) -> dict[str, typing.Any]:
         return {
+            **self._options,
             "server": self,
             "decode_responses": True,
             "encoding_errors": _ENCODING_ERRORS,
-            "socket_timeout": timeout,
-            "socket_connect_timeout": timeout,
+            # Those of the URL may be shorter. With longer ones a Redis that stalls would hold up the sweep.
+            **{name: min(timeout, self._options.get(name, timeout)) for name in _TIMEOUTS},
             # Neither needed nor always allowed; each would cost a new connection a round trip.
             "driver_info": None,
             "maint_notifications_config": redis.maint_notifications.MaintNotificationsConfig(enabled=False),

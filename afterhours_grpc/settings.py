@@ -18,7 +18,7 @@ from afterhours_grpc.sessions import location, session
 
 _UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _MAX_PORT = 65535
-_LENGTH = re.compile(r"(\d+)(s|m|h|d)|0")
+_LENGTH = re.compile(r"([0-9]{1,15})(s|m|h|d)|0")
 
 
 class SettingsError(Exception):

@@ -26,14 +26,17 @@ _PAUSE = 1.0
 _WINDOW = 60
 
 # Counts a call unless ARGV[1] calls were counted within the last ARGV[2] seconds, by Redis' clock, so that those of the
-# replicas need not agree. The reply is nil, or the seconds until the oldest of those calls no longer counts.
+# replicas need not agree. The reply is nil, or the seconds until the oldest of those calls no longer counts. What is no
+# list of ours is removed, and a time in the future does not count: the clock has been set back.
 _COUNT = """
 local limit, seconds = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
-local oldest = redis.call('LINDEX', KEYS[1], limit - 1)
-if oldest and tonumber(oldest) + seconds > now then
-    return tostring(tonumber(oldest) + seconds - now)
+local oldest = redis.pcall('LINDEX', KEYS[1], limit - 1)
+if type(oldest) == 'table' then redis.call('DEL', KEYS[1]) end
+oldest = type(oldest) == 'string' and tonumber(oldest)
+if oldest and oldest <= now and oldest + seconds > now then
+    return tostring(oldest + seconds - now)
 end
 redis.call('LPUSH', KEYS[1], now)
 redis.call('LTRIM', KEYS[1], 0, limit - 1)

@@ -288,14 +288,18 @@ async def test_a_command_that_is_stopped_was_not_done(engines: replicas.Engines,
     assert len(await engines.rows("SELECT FROM after_hours_profiles")) == 1
 
 
-async def test_a_server_that_is_stopped_while_it_imports() -> None:
-    """SIGTERM ends it with status 0 and without a word, wherever in an import it comes."""
+@pytest.mark.parametrize("command", ["serve", "dev"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_server_that_is_stopped_while_it_imports(command: str, number: signal.Signals) -> None:
+    """SIGTERM and SIGINT end it with status 0 and without a word, wherever in an import they come."""
     stopped = """
-import os, signal, sys
+import os, sys
+
+number, sys.argv = int(sys.argv[2]), ["afterhours-grpc", sys.argv[1]]
 
 class Trap:
     def __set_name__(self, owner, name):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 class Finder:
     def find_spec(self, name, *_):
@@ -303,12 +307,11 @@ class Finder:
             type("Class", (), {"trap": Trap()})
 
 sys.meta_path.insert(0, Finder())
-sys.argv = ["afterhours-grpc", "serve"]
 from afterhours_grpc import __main__
 __main__.main()
 """
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", stopped, env=inherited(), stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-c", stopped, command, str(int(number))), env=inherited(), stderr=asyncio.subprocess.PIPE
     )
     _, written = await process.communicate()
     assert (process.returncode, written) == (0, b"")
@@ -549,6 +552,22 @@ async def test_dev_leaves_nothing_behind_when_killed(tmp_path: pathlib.Path) -> 
         client = replicas.Client(running.address)
         assert (await client.get("demo")).session.id == session.id
         await client.close()
+
+
+async def test_dev_is_stopped_while_its_engines_start(tmp_path: pathlib.Path) -> None:
+    """Ctrl-C at the first start, also twice, ends dev with status 0 and without a word, and leaves nothing behind."""
+    process = begin("dev", "--data-dir", str(tmp_path / "data"), "--listen", "127.0.0.1:0")
+    try:
+        draft = tmp_path / "data" / "postgres" / "data.draft"
+        await replicas.until((draft / "base").exists, within=30)
+        engines = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(finished, process) == Ended(0, "", "")
+        _, left = await asyncio.to_thread(psutil.wait_procs, engines, timeout=5)
+        assert left == []
+    finally:
+        process.kill()
 
 
 async def test_dev_keeps_to_the_environment_and_ends_with_its_engines(tmp_path: pathlib.Path) -> None:

@@ -1,12 +1,17 @@
 """Sessions end by themselves, on time, and their timers say so."""
 
 import asyncio
+import dataclasses
 import datetime
 import typing
 
+import onlooker
+import proxy
 import pytest
 import replicas
 from redis import asyncio as redis
+
+from afterhours_grpc.expiry import clock
 
 pytestmark = pytest.mark.alone
 
@@ -192,6 +197,36 @@ async def test_without_redis_everything_goes_on(engines: replicas.Engines) -> No
         assert again.id != started.id
         await client.extend("ada")
         await client.end("ada")
+
+
+async def test_a_clock_that_is_set_between_two_sweeps(
+    engines: replicas.Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is measured again however rarely the sweep runs: timers fire by the database's clock of now."""
+    monkeypatch.setattr(clock, "_LONGEST_AGE", 0.5, raising=False)
+    async with replicas.replica(engines, AFTERHOURS_RECONCILE_INTERVAL="1h") as (service, client):
+        await client.put_profile("ada")
+        await client.start("ada", 900)
+        service.database.clock_offset = datetime.timedelta(minutes=20)
+        await replicas.eventually(lambda: ended(engines, 1), within=3)
+
+
+async def test_a_sweep_among_calls_leaves_timers_as_they_are(engines: replicas.Engines) -> None:
+    """A sweep whose Redis is slow brings back no timer of a session that ended meanwhile, nor one that was moved."""
+    users = [f"user {number}" for number in range(40)]
+    async with (
+        proxy.Proxy(engines.redis_url) as slow,
+        replicas.replica(engines, AFTERHOURS_RECONCILE_INTERVAL="1h") as (_, client),
+    ):
+        await asyncio.gather(*(client.put_profile(user) for user in users))
+        await asyncio.gather(*(client.start(user) for user in users))
+        slow.delay_requests = 0.3
+        by_way = dataclasses.replace(engines, redis_url=slow.url)
+        async with replicas.replica(by_way, AFTERHOURS_RECONCILE_INTERVAL="1h"):
+            for number, user in enumerate(users):
+                await (client.end(user) if number % 2 else client.extend(user))
+                await asyncio.sleep(0.05)
+            await replicas.eventually(lambda: onlooker.timed(engines), within=2)
 
 
 async def test_a_clock_moved_forward_expires_what_is_due(engines: replicas.Engines) -> None:

@@ -20,6 +20,8 @@ import psutil
 import pytest
 import replicas
 
+from afterhours_grpc.rpc import tokens
+
 
 class _Server:
     """A process that serves, on files that a test chooses."""
@@ -283,6 +285,21 @@ def test_the_text_of_an_exception_is_never_logged(format: str) -> None:
         told = [json.loads(line) for line in lines]
         assert all({"event", "level", "timestamp"} <= line.keys() or "types" in line for line in told)
         assert any("fail" in frame for line in told for frame in line.get("frames", ()))
+
+
+async def test_a_terminal_is_not_told_what_to_do_by_a_caller(engines: replicas.Engines) -> None:
+    """Control characters in a caller's id are escaped in the log for people."""
+    secret = "a secret of more than thirty-two bytes"
+    settings = {"AFTERHOURS_AUTH": "jwt", "AFTERHOURS_JWT_SECRET": secret, "AFTERHOURS_LOG_FORMAT": "console"}
+    token = tokens.signed(secret, "ada\x1b]0;owned\x07\x9b2J", "", 60, tokens.Expected(None, None))
+    async with replicas.process(engines, **settings) as (process, client):
+        async with replicas.Client(client.address, token) as caller:
+            await caller.get("")
+        await replicas.until(lambda: any("owned" in line for line in process.lines))
+    [line] = [each for each in process.lines if "owned" in each]
+    assert "\\x1b]0;owned\\x07\\x9b2J" in line
+    assert "\x07" not in line
+    assert "\x9b" not in line
 
 
 _BLOCKED = """

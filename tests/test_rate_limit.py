@@ -106,6 +106,42 @@ async def test_the_limit_is_over_after_its_delay(engines: replicas.Engines) -> N
         assert (await replicas.refused(client.start("ada lovelace"))).reason == "PROFILE_REQUIRED"
 
 
+@pytest.mark.parametrize("other", ["text", "words"])
+async def test_what_others_write_under_a_user_stops_no_limit(engines: replicas.Engines, other: str) -> None:
+    """A value that is not ours under the key of a user is taken away, and counts for nobody."""
+    async with (
+        replicas.replica(engines, **LIMIT) as (_, client),
+        redis.asyncio.Redis.from_url(engines.redis_url) as connection,
+    ):
+        await client.put_profile("ada")
+        await client.start("ada")
+        [key] = [key async for key in connection.scan_iter("afterhours:rate:*")]
+        await connection.delete(key)
+        await (connection.set(key, "a text") if other == "text" else connection.rpush(key, *"words"))
+        before = skipped()
+        for _ in range(3):
+            await client.extend("ada")
+        assert limited(await replicas.outcome(client.extend("ada")))
+        assert skipped() == before
+
+
+async def test_a_clock_of_redis_that_is_set_back_locks_nobody_out(engines: replicas.Engines) -> None:
+    """Calls that were counted in what is now the future count no longer."""
+    async with (
+        replicas.replica(engines, **LIMIT) as (_, client),
+        redis.asyncio.Redis.from_url(engines.redis_url) as connection,
+    ):
+        await client.put_profile("ada")
+        await client.start("ada")
+        [key] = [key async for key in connection.scan_iter("afterhours:rate:*")]
+        seconds, _ = await connection.time()
+        await connection.delete(key)
+        await connection.rpush(key, *[str(seconds + 3600)] * 3)
+        for _ in range(3):
+            await client.extend("ada")
+        assert limited(await replicas.outcome(client.extend("ada")))
+
+
 @pytest.mark.parametrize("how", ["away", "silent"])
 async def test_without_redis_calls_pass_and_a_metric_says_so(engines: replicas.Engines, how: str) -> None:
     """A Redis that is away, or does not answer, lets every call pass, soon, and each is counted."""

@@ -221,6 +221,17 @@ async def test_redis_is_silent_then_slow_then_refuses(beside: replicas.Engines) 
             await between.accept()
 
 
+async def test_a_timeout_of_the_url_holds_up_no_sweep(beside: replicas.Engines) -> None:
+    """A Redis that falls silent delays no sweep, whatever timeouts REDIS_URL asks for."""
+    async with proxy.Proxy(beside.redis_url) as silent:
+        patient = f"{silent.url}?socket_timeout=30&socket_connect_timeout=30"
+        async with unnoticed(beside, dataclasses.replace(beside, redis_url=patient)):
+            silent.swallow()
+            await onlooker.closed_on_time(beside, SESSIONS, most=INTERVAL + 1)
+            silent.swallow(False)
+            silent.cut()
+
+
 async def test_redis_is_slow_for_two_replicas(beside: replicas.Engines) -> None:
     """A Redis that takes 0.4 s to answer: sessions end, and jobs are settled though leases end before they are."""
     async with proxy.Proxy(beside.redis_url) as slow:

@@ -44,6 +44,11 @@ def public_key() -> str:
         ("AFTERHOURS_LISTEN", "127.0.0.1\n:0"),
         ("AFTERHOURS_LISTEN", "127.0.0.1:" + 5000 * "9"),
         ("AFTERHOURS_METRICS_LISTEN", "[::1:0"),
+        ("AFTERHOURS_METRICS_LISTEN", "metrics..test:0"),
+        ("AFTERHOURS_LISTEN", 64 * "a" + ":0"),
+        ("AFTERHOURS_RECONCILE_INTERVAL", "٣s"),
+        ("AFTERHOURS_DRAIN", 5000 * "9" + "s"),
+        ("AFTERHOURS_FUZZ_KEY", 5000 * "9" + f":{SECRET}, and long enough for a key"),
         ("AFTERHOURS_FUZZ_KEY", f"1:{SECRET}, and long enough,1:{SECRET}, and of the same version"),
     ],
 )
@@ -57,6 +62,7 @@ def test_a_value_that_could_not_be_served(name: str, value: str) -> None:
     assert SECRET not in told
     assert "\udcff" not in told
     assert len(told) < 250
+    assert "sys." not in told
 
 
 @pytest.mark.parametrize(

@@ -383,6 +383,22 @@ async def test_postgres_answers_after_a_lease(engines: replicas.Engines) -> None
         await replicas.eventually(settled, within=4)
 
 
+async def test_a_session_that_cannot_be_closed_delays_no_other(engines: replicas.Engines) -> None:
+    """A row that Postgres fails to update keeps no other session from being closed by its timer, on time."""
+    async with replicas.replica(engines, **TIMERS_ALONE) as (_, client):
+        await onlooker.started(client, SESSIONS)
+        await engines.rows("""
+            CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''damaged''; END'
+        """)
+        await engines.rows("""
+            CREATE TRIGGER fail BEFORE UPDATE ON after_hours_sessions FOR EACH ROW WHEN (OLD.user_id = 'user 7')
+            EXECUTE FUNCTION fail()
+        """)
+        await onlooker.closed_on_time(engines, SESSIONS - 1)
+        await engines.rows("DROP TRIGGER fail ON after_hours_sessions")
+        await replicas.eventually(lambda: jobless(engines), within=2)
+
+
 async def test_a_process_that_was_stopped_goes_on(engines: replicas.Engines) -> None:
     """A process that was stopped as a whole does not take its scheduler for dead, and ends what is overdue at once."""
     async with replicas.process(engines, **TIMERS_ALONE) as (process, client):

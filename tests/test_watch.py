@@ -625,6 +625,27 @@ async def test_warnings_survive_redis(engines: replicas.Engines) -> None:
                 assert each.session.remaining.ToTimedelta().total_seconds() < 3
 
 
+@pytest.mark.store
+async def test_warnings_without_redis(engines: replicas.Engines) -> None:
+    """Without a Redis a warning comes by the sweep, once, from one of two replicas."""
+    settings = {
+        "REDIS_URL": "redis://127.0.0.1:1",
+        "AFTERHOURS_WARNING_LEAD": "3s",
+        "AFTERHOURS_DURATIONS": "4s",
+        "AFTERHOURS_RECONCILE_INTERVAL": "1s",
+    }
+    async with (
+        replicas.replica(engines, **settings) as (_, client),
+        replicas.replica(engines, **settings),
+        watches.watching(client) as watch,
+    ):
+        await client.put_profile("ada")
+        await client.start("ada", 4)
+        events = await watch.events(3, within=7)
+        assert [watches.name(each) for each in events] == ["STARTED", "EXPIRING", "ENDED"]
+        assert events[1].session.remaining.ToTimedelta().total_seconds() > 0
+
+
 async def test_an_erased_user(engines: replicas.Engines) -> None:
     """What events say of an erased user is gone, for those who come later, too; the end that it caused is told."""
     async with replicas.replica(engines) as (_, client):

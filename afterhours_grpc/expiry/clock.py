@@ -1,11 +1,18 @@
 """The database's clock, as this process knows it between two looks at it."""
 
+import asyncio
+import contextlib
 import time
+import typing
 
-from afterhours_grpc.store import store
+from afterhours_grpc.sessions import errors
+from afterhours_grpc.store import database, store
 
 # Looks a measurement takes; the quickest answer tells the time best.
 _LOOKS = 3
+# Seconds after which a measurement is repeated, however rarely the sweep takes one: clocks drift and are set, another
+# server's differs, and time.monotonic() stands still while a machine is suspended.
+_LONGEST_AGE = 6.0
 
 
 class Clock:
@@ -17,6 +24,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._offset: float | None = None
+        self._measured_at = float("-inf")
 
     @property
     def known(self) -> bool:
@@ -36,3 +44,12 @@ class Clock:
             answered = time.monotonic()
             looks.append((answered - asked, at.timestamp() - (asked + answered) / 2))
         self._offset = min(looks)[1]
+        self._measured_at = time.monotonic()
+
+    async def run(self, store: store.Store) -> typing.NoReturn:
+        """Repeat measurements that are 6 s old, until cancelled."""
+        while True:
+            await asyncio.sleep(1)
+            if time.monotonic() - self._measured_at >= _LONGEST_AGE:
+                with contextlib.suppress(errors.StoreUnavailable, database.Retry):
+                    await self.measure(store)

@@ -6,26 +6,32 @@ import dataclasses
 import datetime
 import functools
 import time
+import uuid
 
 import redis.exceptions
 import structlog
 
 from afterhours_grpc import failpoints
 from afterhours_grpc.expiry import clock, schedule, sweep
-from afterhours_grpc.sessions import errors
+from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import database, outbox, privacy, store
 
 log = structlog.get_logger()
 
-# Rows of one statement: closed, or cleared away.
+# Rows of one statement: closed, warned of, or cleared away.
 BATCH = 1000
+# Seconds for which a warning that is due is left to its timer.
+_LEFT_TO_TIMERS = 1.0
+_EPOCH = datetime.datetime.fromtimestamp(0, datetime.UTC)
+_FIRST_ID = session.SessionId(uuid.UUID(int=0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Swept:
-    """What one run did: counts of sessions, timers, answers, exact locations, and of sessions and events removed."""
+    """What one run did: counts of sessions closed and warned of, of timers, and of what was cleared away."""
 
     closed: int
+    warned: int = 0
     armed: int = 0
     dropped: int = 0
     forgotten: int = 0
@@ -75,13 +81,26 @@ class Reconciler:
             if len(ids) < BATCH:
                 return closed
 
+    async def warn(self) -> int:
+        """Send the warnings whose timers did not, in batches, and return how many. Raise `errors.StoreUnavailable`."""
+        warned, after, last = 0, _EPOCH, _FIRST_ID
+        until = datetime.datetime.fromtimestamp(self._clock.now() - _LEFT_TO_TIMERS, datetime.UTC)
+        while True:
+            due = await self._store.warnings_due(after, last, until, BATCH)
+            if due:
+                warned += sum(each.over for each in await self._store.warn([session_id for session_id, _ in due]))
+            if len(due) < BATCH:
+                return warned
+            last, after = due[-1]
+
     async def run_once(self) -> Swept:
-        """Close what is overdue, mend the timers, and clear away what is kept no longer.
+        """Close what is overdue, send late warnings, mend the timers, and clear away what is kept no longer.
 
         Raise `errors.StoreUnavailable`. Without Redis the timers are left alone.
         """
         await self._clock.measure(self._store)
         closed = await self.close_overdue()
+        warned = await self.warn()
         mended = sweep.Mended()
         try:
             mended = await self._schedule.mend(self._interval)
@@ -91,7 +110,7 @@ class Reconciler:
         erased = await self._clear(functools.partial(self._privacy.erase_exact, self._retention.exact))
         removed = await self._clear(functools.partial(self._privacy.remove_ended, self._retention.history))
         events = await self._clear(functools.partial(self._outbox.remove, self._retention.events))
-        return Swept(closed, mended.armed, mended.dropped, forgotten, erased, removed, events)
+        return Swept(closed, warned, mended.armed, mended.dropped, forgotten, erased, removed, events)
 
     async def _clear(self, some: collections.abc.Callable[[int], collections.abc.Awaitable[int]]) -> int:
         """Clear away in batches until there is nothing left, for at most a tenth of an interval; give how many."""

@@ -126,7 +126,7 @@ class Sweep:
         after, last = range_.after, _LAST_ID
         while True:
             due = await self._due(after, last, range_.until, _SLICE)
-            run.mended.armed += await self._timers.arm(due)
+            await self._arm(run, due)
             expected.update(session_id for session_id, _ in due)
             if len(due) < _SLICE:
                 break
@@ -134,6 +134,16 @@ class Sweep:
         [members] = await self._timers.count([range_.scores])
         if members > len(expected):
             await self._drop(run, range_, expected)
+
+    async def _arm(self, run: _Run, due: list[store.Due]) -> None:
+        changed = await self._timers.arm(due)
+        run.mended.armed += changed
+        if changed:
+            # Sessions may have ended, or been extended, since they were read, and their timers been removed or moved
+            # just before they were set again.
+            still = await self._still([id for id, _ in due])
+            await self._timers.drop_of([id for id, _ in due if id not in still])
+            await self._timers.arm([(id, still[id]) for id, at in due if still.get(id, at) != at])
 
     async def _drop(self, run: _Run, range_: _Range, expected: collections.abc.Set[uuid.UUID]) -> None:
         offset = 0

@@ -12,7 +12,7 @@ import redis.exceptions
 import structlog
 from apscheduler.schedulers import background
 
-from afterhours_grpc import redis_client, threads
+from afterhours_grpc import logs, redis_client, threads
 from afterhours_grpc.expiry import claims, clock, jobs, jobstore, writer
 from afterhours_grpc.sessions import errors, session
 from afterhours_grpc.store import database, store
@@ -93,12 +93,9 @@ class Timers:
         await self._writer.run()
 
     async def arm(self, due: collections.abc.Sequence[store.Due]) -> int:
-        """Set timers to where they belong, and return how many were missing. Raise RedisError.
-
-        One that is extended meanwhile is set too early, which does no harm, and right by the next sweep.
-        """
+        """Set timers to where they belong, and return how many were missing or elsewhere. Raise RedisError."""
         scores = {self._kind.job_id(id): jobs.score(at.timestamp()) for id, at in due}
-        return int(await self._redis.zadd(self._kind.key, scores) or 0) if scores else 0
+        return int(await self._redis.zadd(self._kind.key, scores, ch=True) or 0) if scores else 0
 
     async def count(self, ranges: collections.abc.Sequence[tuple[str, str]]) -> list[int]:
         """Count the members in ranges of scores, as ZCOUNT has them. Raise RedisError."""
@@ -131,16 +128,28 @@ class Timers:
     async def fire(self) -> None:
         """Handle claims as they arrive, until cancelled."""
         while True:
-            await self._fired.wait()
-            self._fired.clear()
+            # Before the wait: when this task has died and is run again, claims may be left.
             while self._received:
                 batch = [self._received.popleft() for _ in range(min(_BATCH, len(self._received)))]
                 await self._settle_claims(batch)
+            await self._fired.wait()
+            self._fired.clear()
+
+    async def _handle_each(self, ids: collections.abc.Sequence[session.SessionId]) -> list[store.Fired]:
+        """Handle claims. One that Postgres cannot handle fails by itself, and not those that fired with it."""
+        try:
+            return await self._handle(ids)
+        except database.StatementFailed as error:
+            if len(ids) == 1:
+                log.error("timer_failed", session=str(ids[0]), **logs.described(error))
+                return []
+        half = len(ids) // 2
+        return await self._handle_each(ids[:half]) + await self._handle_each(ids[half:])
 
     async def _settle_claims(self, batch: list[claims.Claim]) -> None:
         found: list[store.Fired] = []
         try:
-            found = await self._handle([session.SessionId(claim.session_id) for claim in batch])
+            found = await self._handle_each([session.SessionId(claim.session_id) for claim in batch])
         except (errors.StoreUnavailable, database.Retry) as error:
             # They fire again when their leases end.
             log.warning("expiry_delayed", error=type(error).__name__, count=len(batch))

@@ -30,6 +30,8 @@ _OFFSET = 100.0 / EARTH_METERS
 # No band has more than 40,031 cells, so band and index together stay below 2 ** 31.
 _INDEX_BITS = 16
 _POLE, _ANTIMERIDIAN = 90.0, 180.0
+# Digits of a key's version; int() refuses thousands of them with words of its own.
+_LONGEST_VERSION = 20
 
 _Vector = tuple[float, float, float]
 _Rotation = tuple[_Vector, _Vector, _Vector]
@@ -101,7 +103,7 @@ class FuzzKey:
         for entry in text.split(","):
             version, _, secret = entry.strip().partition(":")
             # int() quotes what it cannot read, and where the colon was forgotten that is the secret.
-            if not (version.isascii() and version.isdecimal()):
+            if not (version.isascii() and version.isdecimal() and len(version) <= _LONGEST_VERSION):
                 raise ValueError("a fuzz key must be written version:secret, the version being a whole number")
             keys.append(cls(int(version), secret))
         if len({key.version for key in keys}) < len(keys):
