@@ -184,7 +184,7 @@ async def test_a_transport_that_is_not_installed_is_refused(engines: replicas.En
     _, told = await process.communicate()
     assert process.returncode == 1
     assert told.decode().splitlines() == [
-        "afterhours-grpc: AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours[native]'"
+        "afterhours-grpc: AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours-grpc[native]'"
     ]
 
 
