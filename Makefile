@@ -15,7 +15,7 @@ test check-generated check-schema generate: export PATH := $(CURDIR)/$(BIN):$(PA
 
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
-	--no-emit-index-url --no-emit-package afterhours --custom-compile-command "make lock"
+	--no-emit-index-url --no-emit-package afterhours-grpc --custom-compile-command "make lock"
 
 # More for the command behind a target, such as `make test ARGS="-k races -x"` or `make run ARGS="--listen [::1]:0"`.
 ARGS :=

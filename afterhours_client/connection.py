@@ -54,7 +54,7 @@ class Connection:
     def _with(self, timeout: float | None) -> dict[str, typing.Any]:
         """Return the deadline and the credentials of a call."""
         return {
-            "timeout": self._timeout if timeout is None else timeout,
+            "timeout": min(self._timeout if timeout is None else timeout, requests.LONGEST_TIMEOUT),
             "metadata": requests.metadata(self._token),
         }
 

@@ -1,13 +1,16 @@
 """What a failed call raises: a class for each reason that a server gives, by which a caller decides."""
 
+import contextlib
+import copyreg
 import datetime
 import typing
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.protobuf import message
+from google.rpc import error_details_pb2, status_pb2
 
 _DOMAIN = "afterhours.v1"
+_DETAILS = "grpc-status-details-bin"
 
 
 class AfterhoursError(Exception):
@@ -44,16 +47,21 @@ class AfterhoursError(Exception):
         """Give code, reason and message."""
         return f"{self.code.name} {self.reason}: {super().__str__()}".replace(" : ", ": ")
 
+    def __reduce__(self) -> tuple[typing.Any, ...]:
+        """Have copies, and what another process unpickles, made without `__init__`, which takes more than `args`."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined] # pickle's own
+
     @classmethod
     def of(cls, failed: grpc.RpcError) -> "AfterhoursError":
         """Make the error of a failed call."""
         call = typing.cast("grpc.Call", failed)
         info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         retry = error_details_pb2.RetryInfo()
-        status = rpc_status.from_call(call)
-        for detail in status.details if status else ():
-            for kind in (info, request, retry):
-                detail.Unpack(kind)
+        # What a proxy made of them, or some other server, may be no details.
+        with contextlib.suppress(message.DecodeError):
+            for detail in _details(call):
+                for kind in (info, request, retry):
+                    detail.Unpack(kind)
         reason = info.reason if info.domain == _DOMAIN else ""
         return cls._by_reason.get(reason, cls)(
             call.code(),
@@ -63,6 +71,16 @@ class AfterhoursError(Exception):
             {each.field: each.description for each in request.field_violations},
             retry.retry_delay.ToTimedelta() if retry.HasField("retry_delay") else None,
         )
+
+
+def _details(call: grpc.Call) -> typing.Iterable[typing.Any]:
+    """Return the details of a failed call. Raise DecodeError.
+
+    `rpc_status.from_call` raises ValueError where the message beside them is not theirs, as it may be behind a proxy.
+    """
+    for name, value in call.trailing_metadata() or ():
+        if name == _DETAILS:
+            yield from status_pb2.Status.FromString(value).details
 
 
 class ClientClosed(AfterhoursError):

@@ -21,6 +21,9 @@ Paged = session_service_pb2.ListSessionsRequest | session_service_pb2.ListActive
 TIMEOUT = 5.0
 """Seconds that a call may take, unless the client or the call says otherwise."""
 
+LONGEST_TIMEOUT = 1e9
+"""Seconds, some 30 years: a deadline that the library can represent. An endless one would have passed already."""
+
 HEARTBEAT = session_event_pb2.SESSION_EVENT_TYPE_HEARTBEAT
 
 _SERVICES = ("afterhours.v1.SessionService", "afterhours.v1.ProfileService")
@@ -64,8 +67,14 @@ def options(further: collections.abc.Iterable[tuple[str, typing.Any]]) -> list[t
 
 
 def metadata(token: Token | None) -> tuple[tuple[str, str], ...]:
-    """Return the credentials of a call; a token that is a function is called each time."""
-    found = token() if callable(token) else token
+    """Return the credentials of a call; a token that is a function is called each time.
+
+    A line break at its end, as a file has one, is left out. Raise ValueError for what no metadata can carry: of some
+    calls the library would raise an error of its own that does not say what is wrong.
+    """
+    found = ((token() if callable(token) else token) or "").strip()
+    if not (found.isascii() and found.isprintable()):
+        raise ValueError("the token has characters other than printable ASCII: check where it is read from")
     return (("authorization", f"Bearer {found}"),) if found else ()
 
 

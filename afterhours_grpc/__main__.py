@@ -22,7 +22,7 @@ def main() -> None:
         sys.exit("afterhours-grpc: an argument is not valid UTF-8: check what was typed")
     missing = [name for name in ("typer", "sqlalchemy", "apscheduler") if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit("afterhours-grpc: the service is not installed: pip install 'afterhours[server]'")
+        sys.exit("afterhours-grpc: the service is not installed: pip install 'afterhours-grpc[server]'")
     # The library's core would write lines of its own to stderr, beside the one that a refusal promises.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251 - written, and before grpc is loaded
     from afterhours_grpc import cli  # noqa: PLC0415 - only now is it known to be importable

@@ -13,9 +13,8 @@ import grpc
 import typer
 from afterhours.v1 import session_event_pb2, session_pb2, session_service_pb2, session_service_pb2_grpc
 from google.protobuf import duration_pb2, json_format, message
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
+from afterhours_client import errors, requests
 from afterhours_grpc import flags, settings
 
 app = typer.Typer(help="Call a server, as a person would.", no_args_is_help=True)
@@ -36,7 +35,10 @@ class Connection:
         str | None, typer.Option(help="host:port of the server; by default AFTERHOURS_LISTEN.", show_default=False)
     ] = None
     token: typing.Annotated[
-        str | None, typer.Option(help="A token, as `afterhours-grpc token` signs one.", show_default=False)
+        str | None,
+        typer.Option(
+            help="A token, as `afterhours-grpc token` signs one.", envvar="AFTERHOURS_TOKEN", show_default=False
+        ),
     ] = None
     ca: typing.Annotated[_File, typer.Option(help="PEM: TLS, with this CA.", show_default=False)] = None
     cert: typing.Annotated[_File, typer.Option(help="PEM: TLS, with this client certificate.", show_default=False)] = (
@@ -50,17 +52,18 @@ class Connection:
     def options(self) -> dict[str, typing.Any]:
         """What goes with each call: its deadline and its credentials."""
         return {
-            "timeout": self.timeout,
-            "metadata": [("authorization", f"Bearer {self.token}")] if self.token else None,
+            "timeout": min(self.timeout, requests.LONGEST_TIMEOUT),
+            "metadata": requests.metadata(self.token),
         }
 
     @contextlib.contextmanager
     def stub(self) -> collections.abc.Iterator[session_service_pb2_grpc.SessionServiceStub]:
         """Give a stub; tell a failed call, and end with exit status 1."""
         try:
+            requests.metadata(self.token)
             address = self.target or str(settings.load({}).listen)
             channel = self._channel(address)
-        except settings.SettingsError as error:
+        except (settings.SettingsError, ValueError) as error:
             flags.refuse(error)
         except OSError as error:
             flags.refuse(f"{error.filename} cannot be read: choose another file")
@@ -68,7 +71,7 @@ class Connection:
             try:
                 yield session_service_pb2_grpc.SessionServiceStub(channel)
             except grpc.RpcError as error:
-                _tell_failure(typing.cast("grpc.Call", error), address, self.as_json)
+                _tell_failure(errors.AfterhoursError.of(error), address, self.as_json)
                 raise typer.Exit(1) from None
 
     def _channel(self, address: str) -> grpc.Channel:
@@ -211,29 +214,18 @@ def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-def _tell_failure(call: grpc.Call, address: str, as_json: bool) -> None:
-    code, told = call.code().name, call.details() or ""
-    info, violations = _details(call)
-    if not info.reason and call.code() is grpc.StatusCode.UNAVAILABLE:
+def _tell_failure(error: errors.AfterhoursError, address: str, as_json: bool) -> None:
+    code, told = error.code.name, str(error.args[0])
+    if not error.reason and error.code is grpc.StatusCode.UNAVAILABLE:
         told = (
             f"No server can be reached at {_printable(address)} ({_printable(told)}):"
             " start one by `afterhours-grpc dev`, or check --target, --ca, --cert and --key."
         )
     if as_json:
-        failure = {"code": code, "reason": info.reason, "message": told, "metadata": dict(info.metadata)}
-        typer.echo(json.dumps({**failure, "violations": violations}, indent=2))
+        failure = {"code": code, "reason": error.reason, "message": told, "metadata": error.metadata}
+        typer.echo(json.dumps({**failure, "violations": error.violations}, indent=2))
         return
-    typer.echo(" ".join(part for part in (code, info.reason) if part), err=True)
+    typer.echo(" ".join(part for part in (code, error.reason) if part), err=True)
     typer.echo(told, err=True)
-    for name, value in sorted(info.metadata.items()):
+    for name, value in sorted(error.metadata.items()):
         typer.echo(f"  {name}: {value}", err=True)
-
-
-def _details(call: grpc.Call) -> tuple[error_details_pb2.ErrorInfo, dict[str, str]]:
-    """Give what the service said of the failure; all empty for an error that is not its own."""
-    info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-    status = rpc_status.from_call(call)
-    for detail in status.details if status else ():
-        detail.Unpack(info)
-        detail.Unpack(request)
-    return info, {each.field: each.description for each in request.field_violations}

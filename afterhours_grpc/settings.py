@@ -208,7 +208,7 @@ class Settings(pydantic_settings.BaseSettings):
         if not self.fuzz_key:
             missing.append("AFTERHOURS_FUZZ_KEY is not set: set it to 1:SECRET, the secret of 32 characters or more")
         if self.transport == "native" and not importlib.util.find_spec("pygrpc_native"):
-            missing.append("AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours[native]'")
+            missing.append("AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours-grpc[native]'")
         if self.metrics_listen and self.metrics_listen[1] > (highest := _MAX_PORT - self.workers + 1):
             missing.append(f"AFTERHOURS_METRICS_LISTEN is past {highest}: of {self.workers} workers each has a port")
         if missing:

@@ -244,6 +244,13 @@ async def test_the_python_of_the_docs(serving: str, number: int) -> None:
     assert len(printed.splitlines()) == (3, 2)[number]
 
 
+async def test_the_python_of_the_docs_without_a_token(serving: str) -> None:
+    """The example that waits for its watch ends when that is refused."""
+    example = blocks("python")[1].replace("127.0.0.1:50051", serving)
+    with pytest.raises(AssertionError, match="UNAUTHENTICATED"):
+        await ran(sys.executable, "-c", f"TOKEN = 'old'\n{example}", within=20)
+
+
 async def test_the_grpcurl_of_the_docs(serving: str) -> None:
     """The commands for grpcurl run as they stand, one after another, but for the address."""
     if not shutil.which("grpcurl"):

