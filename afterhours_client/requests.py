@@ -123,11 +123,18 @@ def get(user_id: str) -> session_service_pb2.GetSessionRequest:
     return session_service_pb2.GetSessionRequest(user_id=user_id)
 
 
+def ids(user_ids: collections.abc.Iterable[str]) -> list[str]:
+    """Return the ids of users; raise TypeError for a single one, whose characters would be taken for users."""
+    if isinstance(user_ids, str):
+        raise TypeError(f"user_ids must be a list of user ids, such as [{user_ids!r}]")
+    return list(user_ids)
+
+
 def batch(
     user_ids: collections.abc.Iterable[str], min_remaining: datetime.timedelta | None
 ) -> session_service_pb2.BatchGetSessionsRequest:
     """Return a request."""
-    return session_service_pb2.BatchGetSessionsRequest(user_ids=user_ids, min_remaining=_duration(min_remaining))
+    return session_service_pb2.BatchGetSessionsRequest(user_ids=ids(user_ids), min_remaining=_duration(min_remaining))
 
 
 def history(user_id: str, page_size: int) -> session_service_pb2.ListSessionsRequest:
@@ -176,7 +183,7 @@ class WatchState:
     """Where a watch stands, and how long it waits before its stream is opened again."""
 
     def __init__(self, user_ids: collections.abc.Iterable[str], cursor: str, renewable: bool) -> None:
-        self._user_ids = list(user_ids)
+        self._user_ids = ids(user_ids)
         self._renewable = renewable
         self._pause = _SHORTEST_PAUSE
         self._opened = 0.0
