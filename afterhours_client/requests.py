@@ -223,4 +223,5 @@ class WatchState:
             return self._renewable and self._refused_tokens <= _MAX_REFUSED_TOKENS
         # Without a reason it was not the service that ended the stream, but a server that was stopped, or a proxy.
         cancelled = error.code is grpc.StatusCode.CANCELLED and not error.reason
-        return cancelled or error.code is grpc.StatusCode.UNAVAILABLE or isinstance(error, errors.SlowConsumer)
+        busy = isinstance(error, errors.SlowConsumer | errors.Overloaded)
+        return cancelled or busy or error.code is grpc.StatusCode.UNAVAILABLE
