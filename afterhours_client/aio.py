@@ -37,7 +37,7 @@ class Client(connection.Connection):
         if self._closed:
             raise errors.ClientClosed
         try:
-            return await _received(method(request, **self._with(timeout)))
+            return await _received(method(request, **self._with(timeout)), lambda: self._closed)
         except grpc.RpcError as failed:
             raise errors.AfterhoursError.of(failed) from failed
 
@@ -156,14 +156,13 @@ class Watch(connection.Stream):
         while (stream := self._open()) is not None:
             failed: grpc.RpcError | None = None
             try:
-                while (response := await _received(stream.read())) is not grpc.aio.EOF:
+                while (response := await _received(stream.read(), self._closing.is_set)) is not grpc.aio.EOF:
                     if self._state.received(response.event):
                         yield response.event
             except grpc.RpcError as error:
                 failed = error
             except errors.ClientClosed:
-                if not self._closing.is_set():
-                    raise
+                pass  # as below
             finally:
                 stream.cancel()  # of a reader that stopped reading
             if self._closing.is_set():
@@ -173,16 +172,19 @@ class Watch(connection.Stream):
                     await self._closing.wait()
 
 
-async def _received(call: collections.abc.Awaitable[typing.Any]) -> typing.Any:
-    """Return what a call brings; raise ClientClosed if the call was cancelled, and not the task that waits for it.
+async def _received(
+    call: collections.abc.Awaitable[typing.Any], closed: collections.abc.Callable[[], bool]
+) -> typing.Any:
+    """Return what a call brings; raise ClientClosed if the call was cancelled because what made it was closed.
 
-    grpc.aio raises CancelledError for both, and a task must neither end by the former nor survive the latter.
+    grpc.aio raises CancelledError for that, too, by which no task may end that nobody cancelled. A cancellation of the
+    task may be pending when the call begins: Ctrl-C cancels a task that is running.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
     try:
         return await call
     except asyncio.CancelledError:
-        if task is None or task.cancelling() > before:
+        if not closed() or task is None or task.cancelling() > before:
             raise
         raise errors.ClientClosed from None

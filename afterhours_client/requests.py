@@ -47,6 +47,7 @@ _SERVICE_CONFIG = {
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 # How many tokens in a row a server may refuse before a watch ends: a function may return an old one once more.
 _MAX_REFUSED_TOKENS = 4
+_RESET = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
 def options(further: collections.abc.Iterable[tuple[str, typing.Any]]) -> list[tuple[str, typing.Any]]:
@@ -123,11 +124,18 @@ def get(user_id: str) -> session_service_pb2.GetSessionRequest:
     return session_service_pb2.GetSessionRequest(user_id=user_id)
 
 
+def ids(user_ids: collections.abc.Iterable[str]) -> list[str]:
+    """Return the ids of users; raise TypeError for a single one, whose characters would be taken for users."""
+    if isinstance(user_ids, str):
+        raise TypeError(f"user_ids must be a list of user ids, such as [{user_ids!r}]")
+    return list(user_ids)
+
+
 def batch(
     user_ids: collections.abc.Iterable[str], min_remaining: datetime.timedelta | None
 ) -> session_service_pb2.BatchGetSessionsRequest:
     """Return a request."""
-    return session_service_pb2.BatchGetSessionsRequest(user_ids=user_ids, min_remaining=_duration(min_remaining))
+    return session_service_pb2.BatchGetSessionsRequest(user_ids=ids(user_ids), min_remaining=_duration(min_remaining))
 
 
 def history(user_id: str, page_size: int) -> session_service_pb2.ListSessionsRequest:
@@ -176,21 +184,25 @@ class WatchState:
     """Where a watch stands, and how long it waits before its stream is opened again."""
 
     def __init__(self, user_ids: collections.abc.Iterable[str], cursor: str, renewable: bool) -> None:
-        self._user_ids = list(user_ids)
+        self._user_ids = ids(user_ids)
         self._renewable = renewable
         self._pause = _SHORTEST_PAUSE
         self._opened = 0.0
+        # Whether the stream has brought a message.
+        self._begun = False
         self._refused_tokens = 0
         self.cursor = cursor
 
     def request(self) -> session_service_pb2.WatchSessionsRequest:
         """Return the request of a stream that resumes here."""
         self._opened = time.monotonic()
+        self._begun = False
         return session_service_pb2.WatchSessionsRequest(user_ids=self._user_ids, cursor=self.cursor)
 
     def received(self, event: session_event_pb2.SessionEvent) -> bool:
         """Record where the watch stands now; return whether the event is one for its reader."""
         self.cursor = event.cursor
+        self._begun = True
         self._refused_tokens = 0
         if event.type == HEARTBEAT:
             # A stream may end right after its first heartbeat, again and again, so that this resets no pause.
@@ -214,6 +226,8 @@ class WatchState:
         if isinstance(error, errors.Unauthenticated):
             self._refused_tokens += 1
             return self._renewable and self._refused_tokens <= _MAX_REFUSED_TOKENS
-        # Without a reason it was not the service that ended the stream, but a server that was stopped, or a proxy.
-        cancelled = error.code is grpc.StatusCode.CANCELLED and not error.reason
-        return cancelled or error.code is grpc.StatusCode.UNAVAILABLE or isinstance(error, errors.SlowConsumer)
+        # Without a reason it was not the service that ended the stream, but a server that was stopped, or a proxy. One
+        # that resets a stream that had begun makes it INTERNAL, or in older libraries UNKNOWN.
+        broken = {grpc.StatusCode.CANCELLED, *(_RESET if self._begun else ())}
+        busy = isinstance(error, errors.SlowConsumer | errors.Overloaded)
+        return busy or error.code is grpc.StatusCode.UNAVAILABLE or (not error.reason and error.code in broken)

@@ -127,3 +127,31 @@ async def test_a_deadline_that_never_comes(engines: replicas.Engines) -> None:
         assert await client.get("ada") is None
         assert await client.get("ada", timeout=math.inf) is None
         await asyncio.to_thread(block, service.address)
+
+
+async def test_a_task_that_cancels_itself(engines: replicas.Engines) -> None:
+    """A cancellation that is pending when a call or a watch begins, as after Ctrl-C, ends the task as cancelled."""
+
+    async def interrupted(client: aio.Client, *, watch: bool) -> None:
+        task = asyncio.current_task()
+        assert task
+        task.cancel()
+        if watch:
+            await anext(aiter(client.watch()))
+        else:
+            await client.get("ada")
+
+    async with replicas.replica(engines) as (service, _), aio.Client(service.address) as client:
+        for watch in (False, True):
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.create_task(interrupted(client, watch=watch))
+        assert await client.get("ada") is None
+
+
+async def test_one_id_is_no_list(engines: replicas.Engines) -> None:
+    """An id where a list of ids belongs is refused; its characters would be taken for users."""
+    async with replicas.replica(engines) as (service, _), aio.Client(service.address) as client:
+        with pytest.raises(TypeError, match="list of user ids"):
+            client.watch("ada")
+        with pytest.raises(TypeError, match="list of user ids"):
+            await client.batch_get("ada")

@@ -3,9 +3,11 @@
 import asyncio
 import collections.abc
 import contextlib
+import struct
 import time
 import typing
 
+import frames
 import grpc
 import keys
 import proxy
@@ -123,6 +125,41 @@ def test_the_pings_that_are_shipped() -> None:
     assert shipped["grpc.keepalive_time_ms"] >= 10_000
     assert shipped["grpc.http2.max_pings_without_data"] == 0
     assert dict(requests.options([("grpc.http2.ping_timeout_ms", 7)]))["grpc.http2.ping_timeout_ms"] == 7
+
+
+class _Resetting(proxy.Proxy):
+    """A proxy that resets streams, as Envoy does those whose server is gone."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self._clients: list[asyncio.StreamWriter] = []
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients.append(writer)
+        await super()._connected(reader, writer)
+
+    def reset(self, stream: int, error: int) -> None:
+        """Reset a stream of the first connection, between two frames: nothing may be on its way."""
+        self._clients[0].write(frames.frame(frames.RST_STREAM, struct.pack(">I", error), stream=stream))
+
+
+@both
+@pytest.mark.parametrize("error", [0, 2], ids=["NO_ERROR", "INTERNAL_ERROR"])
+async def test_a_proxy_resets_the_stream(engines: replicas.Engines, kind: type[Client], error: int) -> None:
+    """A watch that had begun goes on after a reset for whatever error, which clients take for INTERNAL."""
+    async with (
+        replicas.replica(engines) as (service, writer),
+        _Resetting(f"grpc://{service.address}") as way,
+        connected(kind, way.address, token=(tokens := Tokens())) as client,
+    ):
+        await writer.put_profile("ada")
+        reading = await Reading(client.watch()).begun()
+        way.reset(1, error)
+        await replicas.until(lambda: tokens.count == 2, within=2)
+        await writer.start("ada")
+        await replicas.until(lambda: bool(reading.events), within=5)
+        reading.watch.close()
+        await reading.ends()
 
 
 async def test_closing_a_watch_while_its_token_is_renewed(engines: replicas.Engines) -> None:
@@ -289,6 +326,19 @@ def test_what_a_watch_survives() -> None:
     state = requests.WatchState((), "", renewable=False)
     for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         assert state.pause(refused(code)) > 0
-    for code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INTERNAL):
+    lasting = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED)
+    broken = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    for code in (*lasting, *broken):
+        with pytest.raises(errors.AfterhoursError):
+            state.pause(refused(code))
+    state.request()
+    state.received(Event(cursor="here", type=session_event_pb2.SESSION_EVENT_TYPE_HEARTBEAT))
+    for code in broken:
+        assert state.pause(refused(code)) > 0
+    for code in lasting:
+        with pytest.raises(errors.AfterhoursError):
+            state.pause(refused(code))
+    state.request()
+    for code in broken:
         with pytest.raises(errors.AfterhoursError):
             state.pause(refused(code))

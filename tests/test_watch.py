@@ -21,6 +21,7 @@ import replicas
 import watches
 from afterhours.v1 import session_event_pb2
 
+import afterhours_client
 from afterhours_grpc.events import feed
 from afterhours_grpc.store import outbox
 
@@ -231,6 +232,29 @@ async def test_who_may_watch(engines: replicas.Engines) -> None:
             )
             assert len(await of_all.events(2)) == 2
             assert watches.told(await of_bob.events(1)) == [("STARTED", "bob", watches.NONE)]
+
+
+@pytest.mark.front_door
+async def test_the_watches_of_a_user_are_bounded(engines: replicas.Engines) -> None:
+    """The 65th watch of a user without a scope for others is OVERLOADED until one ends; others' watches are not."""
+    async with (
+        replicas.replica(engines, **JWT) as (service, _),
+        replicas.Client(service.address, keys.token("ada")) as ada,
+        replicas.Client(service.address, keys.token("bob")) as bob,
+        replicas.Client(service.address, keys.token("chat", "sessions:watch")) as chat,
+        afterhours_client.aio.Client(service.address, token=keys.token("ada")) as patient,
+    ):
+        opened = [watches.Watch(ada, ["ada"]) for _ in range(64)]
+        await asyncio.gather(*(each.next() for each in opened))
+        refusal = await replicas.refused(watches.Watch(ada).next())
+        assert (refusal.code, refusal.reason) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
+        assert refusal.details["RetryInfo"].HasField("retry_delay")
+        await asyncio.gather(*(watches.Watch(each).next() for each in (bob, *65 * [chat])))
+        resumed = patient.watch()
+        reading: asyncio.Future[object] = asyncio.ensure_future(anext(aiter(resumed)))
+        opened.pop().cancel()
+        await replicas.until(lambda: bool(resumed.cursor), within=5)
+        reading.cancel()
 
 
 @pytest.mark.front_door

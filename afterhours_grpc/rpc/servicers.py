@@ -1,5 +1,6 @@
 """Each RPC: parse, call the service, render. Errors are the interceptor's."""
 
+import collections
 import collections.abc
 import contextlib
 
@@ -14,8 +15,12 @@ from google.protobuf import message
 
 from afterhours_grpc.events import feed
 from afterhours_grpc.rpc import auth, cursors, listing, rendering, tokens, wire
+from afterhours_grpc.sessions import errors, service, session
 from afterhours_grpc.sessions import listing as listed
-from afterhours_grpc.sessions import service, session
+
+# Watches of one caller who may watch nobody else. Each event costs as much as a call for every watch that gets it, and
+# the caller causes events at will.
+_MAX_OWN_WATCHES = 64
 
 
 class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
@@ -34,6 +39,7 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         self._feed = feed
         self._durations = durations
         self._pages = pages
+        self._own_watches: collections.Counter[str] = collections.Counter()
 
     async def StartSession(  # noqa: N802 - the proto's name, as below
         self, request: session_service_pb2.StartSessionRequest, _: auth.Context
@@ -127,10 +133,27 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         if not caller.may_watch_all:
             for user_id in user_ids or ():
                 caller.check(user_id=user_id)
-        told_all = self._feed.watch(user_ids, position, caller.until(), tokens.expired)
-        async with contextlib.aclosing(told_all) as watched:
-            async for told in watched:
-                yield rendering.heartbeat_bytes(told.position) if told.event is None else told.event
+        with self._counted(caller):
+            told_all = self._feed.watch(user_ids, position, caller.until(), tokens.expired)
+            async with contextlib.aclosing(told_all) as watched:
+                async for told in watched:
+                    yield rendering.heartbeat_bytes(told.position) if told.event is None else told.event
+
+    @contextlib.contextmanager
+    def _counted(self, caller: auth.Caller) -> collections.abc.Iterator[None]:
+        """Count a watch while it lasts. Raise Overloaded if the caller has too many of their own sessions."""
+        if caller.may_watch_all:
+            yield
+            return
+        if self._own_watches[caller.id] >= _MAX_OWN_WATCHES:
+            raise errors.Overloaded
+        self._own_watches[caller.id] += 1
+        try:
+            yield
+        finally:
+            self._own_watches[caller.id] -= 1
+            if not self._own_watches[caller.id]:
+                del self._own_watches[caller.id]
 
     async def GetExactLocation(  # noqa: N802
         self, request: session_service_pb2.GetExactLocationRequest, _: auth.Context
