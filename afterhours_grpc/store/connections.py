@@ -97,6 +97,7 @@ class Connector:
             raise cannot_connect(error) from error
         attempts: dict[asyncio.Task[asyncpg.Connection], hosts.Host] = {}
         failures: list[BaseException] = []
+        found = None
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 if found := await self._race(attempts, failures):
@@ -104,7 +105,12 @@ class Connector:
         except TimeoutError as error:
             failures.append(error)
         finally:
-            await _discard(attempts)
+            try:
+                await _discard(attempts)
+            except asyncio.CancelledError:
+                if found:
+                    found[0].terminate()
+                raise
         cause = max(failures, key=_weight)
         if not isinstance(cause, (*FAILURES, ValueError)):  # a bug, of ours or the driver's
             raise cause
