@@ -52,3 +52,13 @@ async def test_a_connection_that_nobody_waits_for_any_more(engines: replicas.Eng
             return not await connected()
 
         await replicas.eventually(closed, within=1)
+
+
+async def test_the_server_finds_out_that_a_process_vanished(engines: replicas.Engines) -> None:
+    """It asks an idle connection after 15 s whether its client is there, not after the two hours of the kernel."""
+    connection = await connections.connect(engines.database_url)
+    try:
+        for name, value in connections.KEEPALIVE_SETTINGS.items():
+            assert await connection.fetchval("SELECT setting FROM pg_settings WHERE name = $1", name) == value
+    finally:
+        connection.terminate()

@@ -19,7 +19,16 @@ _STATEMENT_TIMEOUT = 3.5
 # What a statement for one caller alone waits for a row that another transaction holds.
 _LOCK_TIMEOUT = 0.5
 
+# For the server, which otherwise keeps the connections of a machine that vanished, with their locks, for two hours.
+KEEPALIVE_SETTINGS = {
+    "tcp_keepalives_idle": "15",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+
 SESSION_SETTINGS = {
+    **KEEPALIVE_SETTINGS,
     "application_name": "afterhours",
     "timezone": "UTC",
     # A transition must see what was committed while it waited for a lock.
