@@ -9,6 +9,7 @@ import keys
 import pytest
 import redis.asyncio
 import replicas
+import watches
 from afterhours.v1 import session_pb2
 
 from afterhours_grpc import failpoints
@@ -62,6 +63,7 @@ async def test_export_and_erase(engines: replicas.Engines) -> None:
         assert [each["end_reason"] for each in exported["sessions"]] == ["USER", None]
         assert [each["latitude"] for each in exported["sessions"]] == [12.125, replicas.BERLIN.latitude]
         assert len(exported["answers"]) == 3
+        assert [each["type"] for each in exported["events"]] == ["STARTED", "ENDED", "STARTED"]
         assert [each["purpose"] for each in exported["exact_location_reads"]] == ["case 7"]
         assert [each["kind"] for each in exported["data_requests"]] == ["EXPORT"]
         assert "bob" not in "\n".join(lines)
@@ -116,6 +118,65 @@ async def test_an_export_has_what_the_user_did(engines: replicas.Engines) -> Non
         assert exported["ada"]["exact_location_reads_made"] == exported["bob"]["exact_location_reads"] == []
         assert '"ada"' not in json.dumps(exported["bob"])
         assert len(exported["bob"]["sessions"]) == 1
+
+
+async def test_an_export_has_events_that_no_server_has_placed(engines: replicas.Engines) -> None:
+    """What a server that was killed left in the outbox is part of an export."""
+    async with replicas.locked(engines, f"SELECT pg_advisory_xact_lock({int.from_bytes(b'outbox')})"):
+        async with replicas.process(engines) as (server, client):
+            for user_id in ("ada", "bob"):
+                await client.put_profile(user_id)
+                await client.start(user_id)
+            await client.end("ada")
+            server.signal(signal.SIGKILL)
+        status, lines = await command(engines, "export-user", "ada", "--reference", "ticket 1")
+    assert status == 0
+    exported = json.loads("\n".join(lines))
+    assert [each["type"] for each in exported["events"]] == ["STARTED", "ENDED"]
+    [session] = exported["sessions"]
+    assert {each["session_id"] for each in exported["events"]} == {session["id"]}
+
+
+# Stands for a user with tens of thousands of sessions, whose rows take so long.
+SLOW = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END $$;
+CREATE TRIGGER slow AFTER {event} ON {table} FOR EACH STATEMENT EXECUTE FUNCTION slow();
+"""
+
+
+async def execute(engines: replicas.Engines, script: str) -> None:
+    """Run several statements, past the service."""
+    async with replicas.locked(engines, script):
+        pass
+
+
+async def test_a_user_with_a_long_history(engines: replicas.Engines) -> None:
+    """An export and an erasure may take longer than a call."""
+    await execute(engines, SLOW.format(seconds=4.1, event="INSERT", table="after_hours_data_requests"))
+    results = await asyncio.gather(
+        command(engines, "export-user", "ada", "--reference", "ticket 1"),
+        command(engines, "erase-user", "bob", "--reference", "ticket 2"),
+    )
+    assert [status for status, _ in results] == [0, 0], results
+
+
+async def test_an_erasure_delays_no_event_of_others(engines: replicas.Engines) -> None:
+    """While the sessions of a user are removed, the events of others are delivered."""
+    async with replicas.replica(engines) as (_, client), watches.watching(client, ["bob"]) as watch:
+        for user_id in ("ada", "bob"):
+            await client.put_profile(user_id)
+        await client.start("ada")
+        await execute(engines, SLOW.format(seconds=1.5, event="DELETE", table="after_hours_sessions"))
+        erasing = asyncio.create_task(command(engines, "erase-user", "ada", "--reference", "ticket 1"))
+
+        async def sleeps() -> bool:
+            return bool(await engines.rows("SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+
+        await replicas.eventually(sleeps, within=20)
+        await client.start("bob")
+        await watch.events(1, within=1)
+        assert not erasing.done()
+        assert (await erasing)[0] == 0
 
 
 async def test_an_erasure_is_all_or_nothing(engines: replicas.Engines) -> None:

@@ -32,6 +32,7 @@ FROM_AN_END = {
     outbox._AFTER,
     outbox._AFTER_OF_USERS,
     privacy._ERASE_OUTBOX,
+    privacy._EXPORT,
     *OWNERS["after_hours_sessions_due"],
 }
 SCANS = {"Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Index Scan"}

@@ -19,7 +19,16 @@ _STATEMENT_TIMEOUT = 3.5
 # What a statement for one caller alone waits for a row that another transaction holds.
 _LOCK_TIMEOUT = 0.5
 
+# For the server, which otherwise keeps the connections of a machine that vanished, with their locks, for two hours.
+KEEPALIVE_SETTINGS = {
+    "tcp_keepalives_idle": "15",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+
 SESSION_SETTINGS = {
+    **KEEPALIVE_SETTINGS,
     "application_name": "afterhours",
     "timezone": "UTC",
     # A transition must see what was committed while it waited for a lock.
@@ -97,6 +106,7 @@ class Connector:
             raise cannot_connect(error) from error
         attempts: dict[asyncio.Task[asyncpg.Connection], hosts.Host] = {}
         failures: list[BaseException] = []
+        found = None
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 if found := await self._race(attempts, failures):
@@ -104,7 +114,12 @@ class Connector:
         except TimeoutError as error:
             failures.append(error)
         finally:
-            await _discard(attempts)
+            try:
+                await _discard(attempts)
+            except asyncio.CancelledError:
+                if found:
+                    found[0].terminate()
+                raise
         cause = max(failures, key=_weight)
         if not isinstance(cause, (*FAILURES, ValueError)):  # a bug, of ours or the driver's
             raise cause

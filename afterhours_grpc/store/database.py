@@ -94,10 +94,10 @@ class Database:
                 return await self._run(connection, statement, parameters)
 
     @contextlib.asynccontextmanager
-    async def transaction(self) -> collections.abc.AsyncIterator[Run]:
-        """Provide a `fetch` whose statements are committed together or not at all."""
+    async def transaction(self, seconds: float = connections.ANSWER_TIMEOUT) -> collections.abc.AsyncIterator[Run]:
+        """Provide a `fetch` whose statements are committed together or not at all, within 4 s or `seconds`."""
         with _away_is_unavailable():
-            async with self._pool.connection() as connection:
+            async with self._pool.connection(seconds) as connection:
 
                 async def run(statement: Statement, **parameters: object) -> list[Row]:
                     return await self._run(connection, statement, parameters)

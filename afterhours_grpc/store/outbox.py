@@ -28,12 +28,13 @@ CHANNEL = "afterhours_events"
 _KEY = int.from_bytes(b"outbox")
 # The events of all users wait for the lock, so a process that vanishes or stops while it holds it loses it after 0.5 s.
 _BRIEFLY = "set_config('idle_in_transaction_session_timeout', '500', true)"
-LOCK = database.Statement(f"SELECT pg_advisory_xact_lock({_KEY}), {_BRIEFLY}")
+# Waits longer than a vanished process keeps the lock. Postgres evaluates the columns from left to right.
+_LOCKED = f"""set_config('lock_timeout', '2000', true), pg_advisory_xact_lock({_KEY}),
+    set_config('lock_timeout', '500', true), {_BRIEFLY}"""
+LOCK = database.Statement(f"SELECT {_LOCKED}")
 # For placing: a bitmap scan would read and sort a whole backlog to place the first part of it.
 _IN_ORDER = "set_config('enable_bitmapscan', 'off', true)"
-# Waits longer than a vanished process keeps the lock. Postgres evaluates the columns from left to right.
-_WAIT = database.Statement(f"""SELECT true AS held, set_config('lock_timeout', '2000', true),
-    pg_advisory_xact_lock({_KEY}), {_BRIEFLY}, {_IN_ORDER}""")
+_WAIT = database.Statement(f"SELECT true AS held, {_LOCKED}, {_IN_ORDER}")
 _TRY = database.Statement(f"SELECT pg_try_advisory_xact_lock({_KEY}) AS held, {_BRIEFLY}, {_IN_ORDER}")
 
 # Events that one statement moves, and among how many of the outbox it looks for the oldest. Events of one user have

@@ -63,13 +63,15 @@ class Pool:
         await asyncio.gather(*closing, return_exceptions=True)
 
     @contextlib.asynccontextmanager
-    async def connection(self) -> collections.abc.AsyncIterator[Connection]:
-        """Lend a connection for at most 4 s, waiting and connecting included.
+    async def connection(
+        self, seconds: float = connections.ANSWER_TIMEOUT
+    ) -> collections.abc.AsyncIterator[Connection]:
+        """Lend a connection for at most 4 s, or `seconds`, waiting and connecting included.
 
         Raise TimeoutError, CannotConnect, and the driver's errors as they are; after one of the server's the connection
         must be outside of a transaction.
         """
-        async with asyncio.timeout(connections.ANSWER_TIMEOUT), self._room:
+        async with asyncio.timeout(seconds), self._room:
             self.checked_out += 1
             try:
                 connection = await self._open()

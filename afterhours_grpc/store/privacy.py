@@ -77,9 +77,16 @@ INSERT INTO after_hours_data_requests (kind, user_digest, reference, requested_a
 VALUES (:kind, :digest, :reference, {fragments.NOW})
 """)
 
+# A user may have tens of thousands of sessions: an erasure and an export may take longer than a call.
+_SECONDS = 60.0
+_TAKE_LONGER = database.Statement(f"SELECT set_config('statement_timeout', '{int(_SECONDS * 1000)}', true)")
+
 # Of what the user called or read about others, the call itself is the user's; when the others' sessions end is not.
-_EXPORT = database.Statement("""
-WITH s AS MATERIALIZED (SELECT * FROM after_hours_sessions WHERE user_id = :user_id)
+# Events that have no position yet come last.
+_EXPORT = database.Statement(
+    f"WITH {outbox.LAST}, unplaced AS ({outbox.unplaced()})"
+    """,
+    s AS MATERIALIZED (SELECT * FROM after_hours_sessions WHERE user_id = :user_id)
 SELECT jsonb_pretty(jsonb_build_object(
     'user_id', CAST(:user_id AS text),
     'profile', (SELECT to_jsonb(p) - 'user_id' FROM after_hours_profiles AS p WHERE p.user_id = :user_id),
@@ -89,8 +96,13 @@ SELECT jsonb_pretty(jsonb_build_object(
         ) FROM s
     ), '[]'),
     'events', coalesce((
-        SELECT jsonb_agg(to_jsonb(e) - '{user_id,placed_at,horizon}'::text[] ORDER BY e.position)
-        FROM after_hours_events AS e WHERE e.user_id = :user_id
+        SELECT jsonb_agg(event ORDER BY position, id) FROM (
+            SELECT to_jsonb(e) - '{user_id,placed_at,horizon}'::text[] AS event, e.position, NULL AS id
+            FROM after_hours_events AS e WHERE e.user_id = :user_id
+            UNION ALL
+            SELECT to_jsonb(o) - '{user_id,xid,id}'::text[], NULL, o.id FROM after_hours_outbox AS o
+            WHERE ctid = ANY(ARRAY(SELECT unplaced.row FROM unplaced WHERE unplaced.user_id = :user_id))
+        ) AS e
     ), '[]'),
     'answers', coalesce((
         SELECT jsonb_agg(answer ORDER BY answered_at, request_id) FROM (
@@ -114,7 +126,8 @@ SELECT jsonb_pretty(jsonb_build_object(
         FROM after_hours_data_requests AS d WHERE d.user_digest = :digest
     ), '[]')
 )) AS exported
-""")
+"""
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,25 +175,29 @@ class Privacy:
 
         What else happens to the user comes before all of that, or after it.
         """
-        async with self._database.transaction() as run:
+        async with self._database.transaction(_SECONDS) as run:
+            await run(_TAKE_LONGER)
             claimed = await run(_CLAIM_PROFILE, user_id=user_id)
             await run(queries.DELETE_PROFILE, user_id=user_id)
             ended = await run(endings.END_OF_USERS, user_ids=[user_id], reason=session.EndReason.ADMIN.value)
-            # While this is held, no event moves from the one table to the other.
-            await run(outbox.LOCK)
             ids = [row["id"] for row in ended]
-            await run(_ERASE_OUTBOX, user_id=user_id, ended=ids)
-            await run(_ERASE_EVENTS, user_id=user_id, ended=ids)
             await run(_REMOVE_ANSWERS_OF, user_id=user_id)
             removed = await run(_REMOVE_SESSIONS_OF, user_id=user_id)
             await run(_RECORD, kind="ERASE", digest=_digest(user_id), reference=reference)
+            await run(_ERASE_EVENTS, user_id=user_id, ended=ids)
+            # While this is held, no event moves from the one table to the other, and those of everybody wait. So it
+            # comes last, and what moved meanwhile is all that is left to be erased.
+            await run(outbox.LOCK)
+            await run(_ERASE_OUTBOX, user_id=user_id, ended=ids)
+            await run(_ERASE_EVENTS, user_id=user_id, ended=ids)
             failpoints.reach(failpoints.Point.ERASED)
         endings.count(ended)
         return Erased(len(removed), any(row["existed"] for row in claimed), tuple(ids))
 
     async def export_user(self, user_id: session.UserId, reference: str) -> str:
         """Return all that is stored of a user as JSON, exact locations included, and record that."""
-        async with self._database.transaction() as run:
+        async with self._database.transaction(_SECONDS) as run:
+            await run(_TAKE_LONGER)
             await run(_RECORD, kind="EXPORT", digest=_digest(user_id), reference=reference)
             [row] = await run(_EXPORT, user_id=user_id, digest=_digest(user_id))
         return str(row["exported"])

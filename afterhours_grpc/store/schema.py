@@ -10,8 +10,14 @@ from afterhours_grpc.store import connections
 VERSION_TABLE = "after_hours_schema"
 # Seconds that a migration waits for a lock, its own or a table's, rather than hold up the calls behind it.
 LOCK_TIMEOUT = 10
-# A migration may take longer than a call, and sets its own limits.
-SESSION_SETTINGS = {"application_name": "afterhours-migrate", "default_transaction_isolation": "read committed"}
+# A migration may take longer than a call, and sets its own limits. One whose process stops in the middle of it must not
+# keep its locks on the tables.
+SESSION_SETTINGS = {
+    **connections.KEEPALIVE_SETTINGS,
+    "application_name": "afterhours-migrate",
+    "default_transaction_isolation": "read committed",
+    "idle_in_transaction_session_timeout": "30000",
+}
 _MIGRATIONS = pathlib.Path(__file__).with_name("migrations") / "versions"
 
 
