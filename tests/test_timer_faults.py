@@ -398,17 +398,23 @@ async def test_a_session_that_cannot_be_closed_delays_no_other(engines: replicas
 
 
 async def test_a_process_that_was_stopped_goes_on(engines: replicas.Engines) -> None:
-    """A process that was stopped as a whole does not take its scheduler for dead, and ends what is overdue at once."""
+    """A process that was stopped as a whole ends what is overdue at once.
+
+    It takes neither its scheduler for dead nor Postgres for away, which it was checking when it was stopped.
+    """
     async with replicas.process(engines, **TIMERS_ALONE) as (process, client):
         await onlooker.started(client, 3)
-        process.signal(signal.SIGSTOP)
+        async with replicas.locked(engines, "LOCK TABLE after_hours_sessions"):
+            await replicas.eventually(engines.in_flight, within=3)
+            process.signal(signal.SIGSTOP)
         # Longer than a scheduler may be silent.
         await replicas.eventually(lambda: overdue(engines, 4.5), within=10)
         process.signal(signal.SIGCONT)
         await replicas.eventually(lambda: jobless(engines), within=2)
         # Two more looks of the watchdog.
-        await asyncio.sleep(0.9)
-        await asyncio.sleep(0.9)
+        for _ in range(18):
+            assert await client.health() == "SERVING"
+            await asyncio.sleep(0.1)
         process.signal(signal.SIGTERM)
         assert await process.wait() == 0
 
