@@ -83,8 +83,13 @@ class HealthMonitor:
             log.info("serving_again")
 
     def _give_up(self, began: float) -> None:
-        """Count a check that failed, unless other statements show that Postgres is only busy with what callers do."""
-        if self._database.answered_at > began:
+        """Count a check that failed, unless it shows nothing about Postgres.
+
+        Other statements were answered, so that it is only busy with what callers do; or the whole process was stopped
+        during the check.
+        """
+        stopped = time.monotonic() - began > 2 * _TIMEOUT
+        if self._database.answered_at > began or stopped:
             self._answered = time.monotonic()
         away = time.monotonic() - self._answered
         if self._serving and away > _PATIENCE:

@@ -387,30 +387,53 @@ async def test_a_session_that_cannot_be_closed_delays_no_other(engines: replicas
     """A row that Postgres fails to update keeps no other session from being closed by its timer, on time."""
     async with replicas.replica(engines, **TIMERS_ALONE) as (_, client):
         await onlooker.started(client, SESSIONS)
-        await engines.rows("""
-            CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''damaged''; END'
-        """)
-        await engines.rows("""
-            CREATE TRIGGER fail BEFORE UPDATE ON after_hours_sessions FOR EACH ROW WHEN (OLD.user_id = 'user 7')
-            EXECUTE FUNCTION fail()
-        """)
+        await damage(engines)
         await onlooker.closed_on_time(engines, SESSIONS - 1)
         await engines.rows("DROP TRIGGER fail ON after_hours_sessions")
         await replicas.eventually(lambda: jobless(engines), within=2)
 
 
+async def test_a_session_that_cannot_be_closed_stops_no_sweep(engines: replicas.Engines) -> None:
+    """Nor does it keep the sweep from closing the others, in batches, or a server from starting."""
+    alone = {"REDIS_URL": "redis://127.0.0.1:1", "AFTERHOURS_RECONCILE_INTERVAL": "1s"}
+    async with replicas.replica(engines, **alone) as (_, client):
+        await onlooker.started(client, SESSIONS)
+        await damage(engines)
+        await onlooker.closed_on_time(engines, SESSIONS - 1, most=2)
+    await engines.rows("UPDATE after_hours_sessions SET ended_at = NULL, end_reason = NULL WHERE user_id <> 'user 7'")
+    async with replicas.replica(engines, **alone) as (_, client):
+        assert await client.health() == "SERVING"
+        rows = await engines.rows("SELECT user_id FROM after_hours_sessions WHERE ended_at IS NULL")
+        assert [row["user_id"] for row in rows] == ["user 7"]
+
+
+async def damage(engines: replicas.Engines) -> None:
+    """Have Postgres fail to update the session of user 7."""
+    await engines.rows("CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''damaged''; END'")
+    await engines.rows("""
+        CREATE TRIGGER fail BEFORE UPDATE ON after_hours_sessions FOR EACH ROW WHEN (OLD.user_id = 'user 7')
+        EXECUTE FUNCTION fail()
+    """)
+
+
 async def test_a_process_that_was_stopped_goes_on(engines: replicas.Engines) -> None:
-    """A process that was stopped as a whole does not take its scheduler for dead, and ends what is overdue at once."""
+    """A process that was stopped as a whole ends what is overdue at once.
+
+    It takes neither its scheduler for dead nor Postgres for away, which it was checking when it was stopped.
+    """
     async with replicas.process(engines, **TIMERS_ALONE) as (process, client):
         await onlooker.started(client, 3)
-        process.signal(signal.SIGSTOP)
+        async with replicas.locked(engines, "LOCK TABLE after_hours_sessions"):
+            await replicas.eventually(engines.in_flight, within=3)
+            process.signal(signal.SIGSTOP)
         # Longer than a scheduler may be silent.
         await replicas.eventually(lambda: overdue(engines, 4.5), within=10)
         process.signal(signal.SIGCONT)
         await replicas.eventually(lambda: jobless(engines), within=2)
         # Two more looks of the watchdog.
-        await asyncio.sleep(0.9)
-        await asyncio.sleep(0.9)
+        for _ in range(18):
+            assert await client.health() == "SERVING"
+            await asyncio.sleep(0.1)
         process.signal(signal.SIGTERM)
         assert await process.wait() == 0
 

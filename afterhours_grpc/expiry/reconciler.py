@@ -74,12 +74,23 @@ class Reconciler:
         """Close every overdue session, in batches, and give how many. Raise `errors.StoreUnavailable`."""
         closed = 0
         while True:
-            ids = await self._store.expire_overdue(BATCH)
+            try:
+                ids = await self._store.expire_overdue(BATCH)
+                more = len(ids) == BATCH
+            except database.StatementFailed:
+                ids = await self._close_others()
+                more = bool(ids)
             closed += len(ids)
             failpoints.reach(failpoints.Point.SWEPT)
             await self._schedule.cancel(ids)
-            if len(ids) < BATCH:
+            if not more:
                 return closed
+
+    async def _close_others(self) -> list[session.SessionId]:
+        """Close the overdue sessions that Postgres can close: one damaged row must not keep the others open."""
+        due = await self._store.active_due(_EPOCH, _FIRST_ID, await self._store.clock(), BATCH)
+        fired = await self._schedule.ends.handle([session_id for session_id, _ in due])
+        return [each.id for each in fired if each.over]
 
     async def warn(self) -> int:
         """Send the warnings whose timers did not, in batches, and return how many. Raise `errors.StoreUnavailable`."""
@@ -87,8 +98,8 @@ class Reconciler:
         until = datetime.datetime.fromtimestamp(self._clock.now() - _LEFT_TO_TIMERS, datetime.UTC)
         while True:
             due = await self._store.warnings_due(after, last, until, BATCH)
-            if due:
-                warned += sum(each.over for each in await self._store.warn([session_id for session_id, _ in due]))
+            fired = await self._schedule.warnings.handle([session_id for session_id, _ in due]) if due else []
+            warned += sum(each.over for each in fired)
             if len(due) < BATCH:
                 return warned
             last, after = due[-1]

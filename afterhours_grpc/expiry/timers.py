@@ -26,6 +26,8 @@ Handle = collections.abc.Callable[
 # Sessions closed by one statement.
 _BATCH = 500
 _CONNECTIONS = 4
+# Sessions that one line of the log names.
+_NAMED = 10
 # Seconds for which the end of a scheduler's thread is waited for; a look takes less, however slow Redis is.
 _ENDING = 3.0
 
@@ -135,21 +137,34 @@ class Timers:
             await self._fired.wait()
             self._fired.clear()
 
-    async def _handle_each(self, ids: collections.abc.Sequence[session.SessionId]) -> list[store.Fired]:
-        """Handle claims. One that Postgres cannot handle fails by itself, and not those that fired with it."""
-        try:
-            return await self._handle(ids)
-        except database.StatementFailed as error:
-            if len(ids) == 1:
-                log.error("timer_failed", session=str(ids[0]), **logs.described(error))
-                return []
-        half = len(ids) // 2
-        return await self._handle_each(ids[:half]) + await self._handle_each(ids[half:])
+    async def handle(self, ids: collections.abc.Sequence[session.SessionId]) -> list[store.Fired]:
+        """Do what the timers of sessions are for. A session for which Postgres fails to do it delays no other.
+
+        Raise `errors.StoreUnavailable` or `database.Retry`.
+        """
+        found: list[store.Fired] = []
+        failed: list[session.SessionId] = []
+        failure: database.StatementFailed | None = None
+        waiting = [ids]
+        while waiting:
+            some = waiting.pop()
+            try:
+                found += await self._handle(some)
+            except database.StatementFailed as error:
+                if len(some) > 1:
+                    waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+                else:
+                    failed += some
+                    failure = error
+        if failure:
+            named = [str(session_id) for session_id in failed[:_NAMED]]
+            log.error("timers_failed", sessions=named, count=len(failed), **logs.described(failure))
+        return found
 
     async def _settle_claims(self, batch: list[claims.Claim]) -> None:
         found: list[store.Fired] = []
         try:
-            found = await self._handle_each([session.SessionId(claim.session_id) for claim in batch])
+            found = await self.handle([session.SessionId(claim.session_id) for claim in batch])
         except (errors.StoreUnavailable, database.Retry) as error:
             # They fire again when their leases end.
             log.warning("expiry_delayed", error=type(error).__name__, count=len(batch))
