@@ -9,7 +9,7 @@ import typing
 import tenacity
 import typer
 
-from afterhours_grpc import settings
+from afterhours_grpc import setting_types, settings
 from afterhours_grpc.expiry import clock, schedule
 from afterhours_grpc.flags import refuse, with_settings
 from afterhours_grpc.rpc import tokens
@@ -78,7 +78,7 @@ def token(
     """Sign a token with AFTERHOURS_JWT_SECRET, for development."""
     try:
         config = settings.load(flags)
-        seconds = settings.length(lifetime).total_seconds()
+        seconds = setting_types.length(lifetime).total_seconds()
     except (settings.SettingsError, ValueError) as error:
         refuse(error)
     if not config.jwt_secret:

@@ -15,7 +15,7 @@ from afterhours.v1 import session_event_pb2, session_pb2, session_service_pb2, s
 from google.protobuf import duration_pb2, json_format, message
 
 from afterhours_client import errors, requests
-from afterhours_grpc import flags, settings
+from afterhours_grpc import flags, setting_types, settings
 
 app = typer.Typer(help="Call a server, as a person would.", no_args_is_help=True)
 
@@ -180,7 +180,7 @@ def _tell_event(event: session_event_pb2.SessionEvent, as_json: bool) -> None:
 
 def _duration(text: str) -> duration_pb2.Duration:
     try:
-        length = settings.length(text)
+        length = setting_types.length(text)
     except ValueError as error:
         raise typer.BadParameter(f"{error}") from None
     duration = duration_pb2.Duration()

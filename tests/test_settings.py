@@ -40,6 +40,7 @@ def public_key() -> str:
         ("AFTERHOURS_JWKS_URL", f"https://me:{SECRET}@issuer/jwks.json"),
         ("AFTERHOURS_RATE_LIMIT", "100001"),
         ("AFTERHOURS_RATE_LIMIT", 5000 * "9"),
+        ("AFTERHOURS_TLS_KEY", ""),
         ("AFTERHOURS_LISTEN", "[]:0"),
         ("AFTERHOURS_LISTEN", "127.0.0.1\n:0"),
         ("AFTERHOURS_LISTEN", "127.0.0.1:" + 5000 * "9"),
