@@ -100,6 +100,8 @@ class SessionServiceStub:
 
     - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept, or the database lost what was sent, by a
       failover that dropped commits or a restore; bootstrap again.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: a caller without these scopes has 64 watches open on
+      this server.
     - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
       watch again from there.
     - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
@@ -185,6 +187,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept, or the database lost what was sent, by a
       failover that dropped commits or a restore; bootstrap again.
+    - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: a caller without these scopes has 64 watches open on
+      this server.
     - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
       watch again from there.
     - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
@@ -315,6 +319,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept, or the database lost what was sent, by a
           failover that dropped commits or a restore; bootstrap again.
+        - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: a caller without these scopes has 64 watches open on
+          this server.
         - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
           watch again from there.
         - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.

@@ -625,6 +625,8 @@ export declare const SessionService: GenService<{
    *
    * - OUT_OF_RANGE / CURSOR_EXPIRED: events after the cursor are no longer kept, or the database lost what was sent, by a
    *   failover that dropped commits or a restore; bootstrap again.
+   * - RESOURCE_EXHAUSTED / OVERLOADED, with google.rpc.RetryInfo: a caller without these scopes has 64 watches open on
+   *   this server.
    * - RESOURCE_EXHAUSTED / SLOW_CONSUMER, with `cursor` in the metadata: the caller reads more slowly than events come;
    *   watch again from there.
    * - UNAUTHENTICATED / UNAUTHENTICATED: the token expired; watch again with a new one, from the last cursor.
