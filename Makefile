@@ -34,7 +34,7 @@ test: $(VENV)/installed ## Run every test, on real engines; ARGS runs some, one 
 ifeq ($(ARGS),)
 	@failed=0; \
 	$(BIN)/pytest --numprocesses 3 --dist loadfile -m "not timed and not alone" || failed=1; \
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m timed || failed=1; \
+	$(BIN)/pytest --numprocesses 3 --dist loadfile -m timed || failed=1; \
 	$(BIN)/pytest -m alone || failed=1; \
 	exit $$failed
 else

@@ -14,7 +14,7 @@ import pytest
 import replicas
 from afterhours.v1 import session_pb2
 
-pytestmark = [pytest.mark.front_door, pytest.mark.alone]
+pytestmark = pytest.mark.front_door
 
 _GET = "/afterhours.v1.SessionService/GetSession"
 _OPENING = frames.PREFACE + frames.frame(frames.SETTINGS)
