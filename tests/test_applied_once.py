@@ -5,6 +5,7 @@ import collections
 import collections.abc
 import datetime
 import json
+import signal
 import time
 import typing
 
@@ -86,6 +87,9 @@ async def test_an_answer_that_cannot_be_decoded(engines: replicas.Engines) -> No
         applied = await quarters(engines)
         assert all(1 + ok[user] <= applied[user] <= 4 for user in USERS)
         assert ok["mallory"] == 0
+        # A process that is killed may lose its last lines.
+        process.signal(signal.SIGTERM)
+        assert await process.wait() == 0
     logged = [json.loads(line) for line in process.lines if line.startswith("{")]
     assert sorted(each["error_id"] for each in logged if "error_id" in each) == sorted(ids)
 
