@@ -48,7 +48,7 @@ class AfterhoursError(Exception):
         return f"{self.code.name} {self.reason}: {super().__str__()}".replace(" : ", ": ")
 
     def __reduce__(self) -> tuple[typing.Any, ...]:
-        """Have copies, and what another process unpickles, made without `__init__`, which takes more than `args`."""
+        """Return how a copy is made, here or in another process: without `__init__`, which takes more than `args`."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined] # pickle's own
 
     @classmethod
@@ -57,7 +57,7 @@ class AfterhoursError(Exception):
         call = typing.cast("grpc.Call", failed)
         info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         retry = error_details_pb2.RetryInfo()
-        # What a proxy made of them, or some other server, may be no details.
+        # A proxy, or another kind of server, may have sent something that is not a status.
         with contextlib.suppress(message.DecodeError):
             for detail in _details(call):
                 for kind in (info, request, retry):

@@ -15,7 +15,7 @@ from afterhours.v1 import session_event_pb2, session_pb2, session_service_pb2, s
 from google.protobuf import duration_pb2, json_format, message
 
 from afterhours_client import errors, requests
-from afterhours_grpc import flags, setting_types, settings
+from afterhours_grpc import flags, output, setting_types, settings
 
 app = typer.Typer(help="Call a server, as a person would.", no_args_is_help=True)
 
@@ -172,7 +172,11 @@ def _tell_event(event: session_event_pb2.SessionEvent, as_json: bool) -> None:
     told = [event.event_time.ToJsonString(), f"{kind:9}"]
     if event.HasField("session"):
         session = event.session
-        told += [session.id, _printable(session.user_id) or "(erased)", f"expires {session.expire_time.ToJsonString()}"]
+        told += [
+            session.id,
+            output.printable(session.user_id) or "(erased)",
+            f"expires {session.expire_time.ToJsonString()}",
+        ]
         if session.HasField("end_time"):
             told.append(session_pb2.EndReason.Name(session.end_reason).removeprefix("END_REASON_"))
     typer.echo("  ".join([*told, event.cursor]))
@@ -197,7 +201,7 @@ def _tell(response: message.Message, as_json: bool) -> None:
         return
     session: session_pb2.Session = response.session  # type: ignore[attr-defined]
     state = session_pb2.SessionState.Name(session.state).removeprefix("SESSION_STATE_").lower()
-    typer.echo(f"session {session.id} of {_printable(session.user_id)} is {state}")
+    typer.echo(f"session {session.id} of {output.printable(session.user_id)} is {state}")
     typer.echo(f"  started    {session.start_time.ToJsonString()}")
     typer.echo(f"  expires    {session.expire_time.ToJsonString()}")
     if session.HasField("end_time"):
@@ -209,16 +213,11 @@ def _tell(response: message.Message, as_json: bool) -> None:
     typer.echo(f"  shown at   {shown.latitude}, {shown.longitude}, within {session.fuzz_radius_meters:.0f} m")
 
 
-def _printable(text: str) -> str:
-    """Escape what a terminal would obey: a user's id may be any text."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
 def _tell_failure(error: errors.AfterhoursError, address: str, as_json: bool) -> None:
     code, told = error.code.name, str(error.args[0])
     if not error.reason and error.code is grpc.StatusCode.UNAVAILABLE:
         told = (
-            f"No server can be reached at {_printable(address)} ({_printable(told)}):"
+            f"No server can be reached at {output.printable(address)} ({output.printable(told)}):"
             " start one by `afterhours-grpc dev`, or check --target, --ca, --cert and --key."
         )
     if as_json:

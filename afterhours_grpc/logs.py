@@ -96,17 +96,10 @@ class _Console:
 
     def __call__(self, logger: typing.Any, name: str, event: structlog.typing.EventDict) -> bytes:
         try:
-            harmless = {key: _harmless(value) for key, value in event.items()}
-            return self._render(logger, name, harmless).encode(errors="backslashreplace")
+            texts = {key: output.printable(value) for key, value in event.items() if isinstance(value, str)}
+            return self._render(logger, name, {**event, **texts}).encode(errors="backslashreplace")
         except Exception as error:  # noqa: BLE001 - as in _json
             return _unrendered(event, error)
-
-
-def _harmless(value: object) -> object:
-    """Escape the control characters of a text."""
-    if not isinstance(value, str) or value.isprintable():
-        return value
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in value)
 
 
 def _unrendered(event: structlog.typing.EventDict, error: Exception) -> bytes:

@@ -29,6 +29,13 @@ FLUSH_SECONDS = 0.5
 """How long the process waits at its end for the reader of its last lines."""
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped, which a terminal would obey."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class LineWriter:
     """Writes lines to a file descriptor from a daemon thread of its own.
 

@@ -76,7 +76,7 @@ class Server:
             "server": self,
             "decode_responses": True,
             "encoding_errors": _ENCODING_ERRORS,
-            # Those of the URL may be shorter. With longer ones a Redis that stalls would hold up the sweep.
+            # The URL may set shorter timeouts. With longer ones a Redis that stalls would hold up the sweep.
             **{name: min(timeout, self._options.get(name, timeout)) for name in _TIMEOUTS},
             # Neither needed nor always allowed; each would cost a new connection a round trip.
             "driver_info": None,

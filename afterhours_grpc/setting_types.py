@@ -80,7 +80,7 @@ def _secret(secret: pydantic.SecretStr) -> pydantic.SecretStr:
     try:
         if len(text.encode()) < 32:
             raise ValueError("must have at least 32 bytes: make one by `openssl rand -hex 32`")
-        # What it refuses would be refused for each token.
+        # A secret that PyJWT refuses here would make it refuse every token.
         jwt.algorithms.HMACAlgorithm(jwt.algorithms.HMACAlgorithm.SHA256).prepare_key(text)
     except UnicodeEncodeError:
         raise ValueError("must be UTF-8: make one by `openssl rand -hex 32`") from None

@@ -31,6 +31,14 @@ from afterhours_grpc import app, settings
 BERLIN = session_pb2.Location(latitude=52.516275, longitude=13.377704)
 FUZZ_KEY = "1:a fuzz key of thirty-two characters"
 
+# Settings that could be served, were there a Postgres.
+SERVABLE = {
+    "DATABASE_URL": "postgresql://ada@127.0.0.1:1/afterhours",
+    "AFTERHOURS_AUTH": "none",
+    "AFTERHOURS_FUZZ_KEY": FUZZ_KEY,
+    "AFTERHOURS_LISTEN": "127.0.0.1:0",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Engines:
@@ -59,6 +67,14 @@ class Engines:
         try:
             rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
             return rows
+        finally:
+            await connection.close()
+
+    async def execute(self, script: str) -> None:
+        """Run several statements, past the service."""
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            await connection.execute(script)
         finally:
             await connection.close()
 
@@ -280,6 +296,11 @@ class Process:
         if not self._listening.cancelled() and self._listening.done():
             self._listening.exception()
         return status
+
+    async def terminate(self) -> None:
+        """Stop it by SIGTERM, for reading all of its lines: a process that is killed may lose the last ones."""
+        self.signal(signal.SIGTERM)
+        assert await self.wait() == 0
 
     async def stop(self) -> None:
         """Kill it, whatever it does."""

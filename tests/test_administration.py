@@ -144,15 +144,9 @@ CREATE TRIGGER slow AFTER {event} ON {table} FOR EACH STATEMENT EXECUTE FUNCTION
 """
 
 
-async def execute(engines: replicas.Engines, script: str) -> None:
-    """Run several statements, past the service."""
-    async with replicas.locked(engines, script):
-        pass
-
-
 async def test_a_user_with_a_long_history(engines: replicas.Engines) -> None:
     """An export and an erasure may take longer than a call."""
-    await execute(engines, SLOW.format(seconds=4.1, event="INSERT", table="after_hours_data_requests"))
+    await engines.execute(SLOW.format(seconds=4.1, event="INSERT", table="after_hours_data_requests"))
     results = await asyncio.gather(
         command(engines, "export-user", "ada", "--reference", "ticket 1"),
         command(engines, "erase-user", "bob", "--reference", "ticket 2"),
@@ -166,7 +160,7 @@ async def test_an_erasure_delays_no_event_of_others(engines: replicas.Engines) -
         for user_id in ("ada", "bob"):
             await client.put_profile(user_id)
         await client.start("ada")
-        await execute(engines, SLOW.format(seconds=1.5, event="DELETE", table="after_hours_sessions"))
+        await engines.execute(SLOW.format(seconds=1.5, event="DELETE", table="after_hours_sessions"))
         erasing = asyncio.create_task(command(engines, "erase-user", "ada", "--reference", "ticket 1"))
 
         async def sleeps() -> bool:

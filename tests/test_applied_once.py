@@ -5,11 +5,9 @@ import collections
 import collections.abc
 import datetime
 import json
-import signal
 import time
 import typing
 
-import asyncpg
 import pytest
 import replicas
 
@@ -43,15 +41,6 @@ CREATE CONSTRAINT TRIGGER failing AFTER DELETE ON after_hours_profiles DEFERRABL
 """
 
 
-async def execute(engines: replicas.Engines, script: str) -> None:
-    """Run statements past the service."""
-    connection = await asyncpg.connect(engines.database_url)
-    try:
-        await connection.execute(script)
-    finally:
-        await connection.close()
-
-
 async def with_sessions(client: replicas.Client, *users: str) -> None:
     """Start a session of each user."""
     await asyncio.gather(*(client.put_profile(user) for user in users))
@@ -75,7 +64,7 @@ async def test_an_answer_that_cannot_be_decoded(engines: replicas.Engines) -> No
     """A batch whose rows the driver cannot decode was applied: it fails, and is not applied again."""
     async with replicas.process(engines, AFTERHOURS_LOG_FORMAT="json") as (process, client):
         await with_sessions(client, "mallory", *USERS)
-        await execute(engines, UNDECODABLE)
+        await engines.execute(UNDECODABLE)
         ok: collections.Counter[str] = collections.Counter()
         ids: set[str] = set()
         for _ in range(3):
@@ -87,9 +76,7 @@ async def test_an_answer_that_cannot_be_decoded(engines: replicas.Engines) -> No
         applied = await quarters(engines)
         assert all(1 + ok[user] <= applied[user] <= 4 for user in USERS)
         assert ok["mallory"] == 0
-        # A process that is killed may lose its last lines.
-        process.signal(signal.SIGTERM)
-        assert await process.wait() == 0
+        await process.terminate()
     logged = [json.loads(line) for line in process.lines if line.startswith("{")]
     assert sorted(each["error_id"] for each in logged if "error_id" in each) == sorted(ids)
 
@@ -131,7 +118,7 @@ async def test_a_read_that_cannot_be_decoded(engines: replicas.Engines) -> None:
 
 async def test_an_error_of_the_commit_is_not_tried_again(engines: replicas.Engines) -> None:
     """A transaction whose COMMIT fails is not known to be rolled back: it is told so, and not run again."""
-    await execute(engines, FAILING_COMMIT)
+    await engines.execute(FAILING_COMMIT)
     async with replicas.replica(engines) as (_, client):
         await client.put_profile("ada")
         refusal = await replicas.refused(client.delete_profile("ada"))

@@ -111,19 +111,10 @@ def changed(url: str, **parts: str) -> str:
     return urllib.parse.urlsplit(url)._replace(**parts).geturl()
 
 
-# Settings that could be served, were there a Postgres.
-GOOD = {
-    "DATABASE_URL": "postgresql://ada@127.0.0.1:1/afterhours",
-    "AFTERHOURS_AUTH": "none",
-    "AFTERHOURS_FUZZ_KEY": replicas.FUZZ_KEY,
-    "AFTERHOURS_LISTEN": "127.0.0.1:0",
-}
-
-
 async def test_serve_names_all_that_is_wrong() -> None:
     """Several bad settings are told in the same one line, and so are several missing ones."""
     bad, missing = await asyncio.gather(
-        run("serve", env={**GOOD, "AFTERHOURS_DRAIN": "soon", "AFTERHOURS_LISTEN": "here"}), run("serve")
+        run("serve", env={**replicas.SERVABLE, "AFTERHOURS_DRAIN": "soon", "AFTERHOURS_LISTEN": "here"}), run("serve")
     )
     assert re.search("AFTERHOURS_DRAIN.*AFTERHOURS_LISTEN|AFTERHOURS_LISTEN.*AFTERHOURS_DRAIN", bad.refusal())
     for name in ("AFTERHOURS_AUTH", "DATABASE_URL", "AFTERHOURS_FUZZ_KEY"):
@@ -191,11 +182,11 @@ async def waiting(
         server = urllib.parse.urlsplit(place).netloc.rpartition("@")[2]
         stranger = f"postgresql://afterhours:{SECRET}@{server}/waiting"
         started = {
-            "serve, nobody there": begin("serve", env=GOOD),
-            "serve, no database": begin("serve", env={**GOOD, "DATABASE_URL": f"{place}/nowhere"}),
-            "serve, a wrong password": begin("serve", env={**GOOD, "DATABASE_URL": stranger}),
+            "serve, nobody there": begin("serve", env=replicas.SERVABLE),
+            "serve, no database": begin("serve", env={**replicas.SERVABLE, "DATABASE_URL": f"{place}/nowhere"}),
+            "serve, a wrong password": begin("serve", env={**replicas.SERVABLE, "DATABASE_URL": stranger}),
             "migrate, a wrong password": begin("migrate", env={"DATABASE_URL": stranger}),
-            "serve, silence": begin("serve", env={**GOOD, "DATABASE_URL": silence}),
+            "serve, silence": begin("serve", env={**replicas.SERVABLE, "DATABASE_URL": silence}),
             "migrate, a table locked": begin("migrate", env={"DATABASE_URL": f"{place}/waiting"}),
             "migrate, another migration": begin("migrate", env={"DATABASE_URL": f"{place}/waiting_empty"}),
         }

@@ -1,8 +1,11 @@
 """How often a user may start and extend: over all replicas, never on an end, and not without Redis."""
 
 import asyncio
+import collections.abc
+import contextlib
 import datetime
 import socket
+import typing
 
 import pytest
 import redis.asyncio
@@ -26,6 +29,27 @@ def limited(told: object) -> bool:
 def skipped() -> float:
     """Read how many calls passed uncounted."""
     return metrics.REGISTRY.get_sample_value("afterhours_rate_limit_skipped_total") or 0.0
+
+
+@contextlib.asynccontextmanager
+async def counted(engines: replicas.Engines) -> collections.abc.AsyncIterator[tuple[replicas.Client, typing.Any, str]]:
+    """Start a session of ada's, and remove what is counted; provide a client, Redis, and the key of the counts."""
+    async with (
+        replicas.replica(engines, **LIMIT) as (_, client),
+        redis.asyncio.Redis.from_url(engines.redis_url) as connection,
+    ):
+        await client.put_profile("ada")
+        await client.start("ada")
+        [key] = [key async for key in connection.scan_iter("afterhours:rate:*")]
+        await connection.delete(key)
+        yield client, connection, key
+
+
+async def limited_after_three(client: replicas.Client) -> None:
+    """Extend three times, and be refused the fourth time."""
+    for _ in range(3):
+        await client.extend("ada")
+    assert limited(await replicas.outcome(client.extend("ada")))
 
 
 async def test_starts_and_extends_count_together_over_replicas(engines: replicas.Engines) -> None:
@@ -109,37 +133,19 @@ async def test_the_limit_is_over_after_its_delay(engines: replicas.Engines) -> N
 @pytest.mark.parametrize("other", ["text", "words"])
 async def test_what_others_write_under_a_user_stops_no_limit(engines: replicas.Engines, other: str) -> None:
     """A value that is not ours under the key of a user is taken away, and counts for nobody."""
-    async with (
-        replicas.replica(engines, **LIMIT) as (_, client),
-        redis.asyncio.Redis.from_url(engines.redis_url) as connection,
-    ):
-        await client.put_profile("ada")
-        await client.start("ada")
-        [key] = [key async for key in connection.scan_iter("afterhours:rate:*")]
-        await connection.delete(key)
+    async with counted(engines) as (client, connection, key):
         await (connection.set(key, "a text") if other == "text" else connection.rpush(key, *"words"))
         before = skipped()
-        for _ in range(3):
-            await client.extend("ada")
-        assert limited(await replicas.outcome(client.extend("ada")))
+        await limited_after_three(client)
         assert skipped() == before
 
 
 async def test_a_clock_of_redis_that_is_set_back_locks_nobody_out(engines: replicas.Engines) -> None:
     """Calls that were counted in what is now the future count no longer."""
-    async with (
-        replicas.replica(engines, **LIMIT) as (_, client),
-        redis.asyncio.Redis.from_url(engines.redis_url) as connection,
-    ):
-        await client.put_profile("ada")
-        await client.start("ada")
-        [key] = [key async for key in connection.scan_iter("afterhours:rate:*")]
+    async with counted(engines) as (client, connection, key):
         seconds, _ = await connection.time()
-        await connection.delete(key)
         await connection.rpush(key, *[str(seconds + 3600)] * 3)
-        for _ in range(3):
-            await client.extend("ada")
-        assert limited(await replicas.outcome(client.extend("ada")))
+        await limited_after_three(client)
 
 
 @pytest.mark.parametrize("how", ["away", "silent"])

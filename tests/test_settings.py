@@ -10,13 +10,6 @@ from cryptography.hazmat.primitives import serialization
 from afterhours_grpc import address, settings
 
 SECRET = "not-to-be-shown"
-# Settings that could be served, were there a Postgres.
-GOOD = {
-    "DATABASE_URL": "postgresql://ada@127.0.0.1:1/afterhours",
-    "AFTERHOURS_AUTH": "none",
-    "AFTERHOURS_FUZZ_KEY": replicas.FUZZ_KEY,
-    "AFTERHOURS_LISTEN": "127.0.0.1:0",
-}
 NO_TEXT = os.fsdecode(b"\xff" + SECRET.encode() + b"\xff" * 32)
 
 
@@ -96,7 +89,7 @@ def test_a_value_that_could_not_be_served(name: str, value: str) -> None:
 def test_a_setting_that_is_bad_or_missing(name: str, value: str) -> None:
     """It is refused in one line, which names it and repeats no secret, where all else is well."""
     with pytest.raises(settings.SettingsError) as refusal:
-        settings.load({key: each for key, each in {**GOOD, name: value}.items() if each}).check()
+        settings.load({key: each for key, each in {**replicas.SERVABLE, name: value}.items() if each}).check()
     [told] = str(refusal.value).splitlines()
     assert name in told
     assert SECRET not in told

@@ -94,15 +94,12 @@ class Reconciler:
 
     async def warn(self) -> int:
         """Send the warnings whose timers did not, in batches, and return how many. Raise `errors.StoreUnavailable`."""
-        warned, after, last = 0, _EPOCH, _FIRST_ID
+        warned = 0
         until = datetime.datetime.fromtimestamp(self._clock.now() - _LEFT_TO_TIMERS, datetime.UTC)
-        while True:
-            due = await self._store.warnings_due(after, last, until, BATCH)
-            fired = await self._schedule.warnings.handle([session_id for session_id, _ in due]) if due else []
+        async for due in sweep.pages(self._store.warnings_due, _EPOCH, until, BATCH):
+            fired = await self._schedule.warnings.handle([session_id for session_id, _ in due])
             warned += sum(each.over for each in fired)
-            if len(due) < BATCH:
-                return warned
-            last, after = due[-1]
+        return warned
 
     async def run_once(self) -> Swept:
         """Close what is overdue, send late warnings, mend the timers, and clear away what is kept no longer.

@@ -32,7 +32,7 @@ ReadStill = collections.abc.Callable[
 
 @dataclasses.dataclass(slots=True)
 class Mended:
-    """Counts of timers that were missing, and of members that were no session's timer."""
+    """Counts of timers that were missing or elsewhere, and of members that were no session's timer."""
 
     armed: int = 0
     dropped: int = 0
@@ -62,6 +62,20 @@ class _Range:
     def scores(self) -> tuple[str, str]:
         highest = "+inf" if self.until == _LAST else jobs.score(self.until.timestamp())
         return f"({jobs.score(self.after.timestamp())}", highest
+
+
+async def pages(
+    read: ReadDue, after: datetime.datetime, until: datetime.datetime, most: int
+) -> collections.abc.AsyncGenerator[list[store.Due], None]:
+    """Read what is due after one time and up to another, at most `most` at a time."""
+    last = _LAST_ID
+    while True:
+        due = await read(after, last, until, most)
+        if due:
+            yield due
+        if len(due) < most:
+            return
+        last, after = due[-1]
 
 
 class Sweep:
@@ -123,14 +137,9 @@ class Sweep:
     async def _compare(self, run: _Run, range_: _Range) -> None:
         """Set every timer of a range to where it belongs, and drop whatever else is there."""
         expected: set[uuid.UUID] = set()
-        after, last = range_.after, _LAST_ID
-        while True:
-            due = await self._due(after, last, range_.until, _SLICE)
+        async for due in pages(self._due, range_.after, range_.until, _SLICE):
             await self._arm(run, due)
             expected.update(session_id for session_id, _ in due)
-            if len(due) < _SLICE:
-                break
-            last, after = due[-1]
         [members] = await self._timers.count([range_.scores])
         if members > len(expected):
             await self._drop(run, range_, expected)

@@ -1,14 +1,13 @@
 """grpc.health.v1.Health: whether the process lives, and whether our services serve."""
 
 import asyncio
-import collections
 import collections.abc
 import typing
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from afterhours_grpc.rpc import auth
+from afterhours_grpc.rpc import auth, bounds
 
 NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -30,7 +29,7 @@ class Health(health_pb2_grpc.HealthServicer):
         self._statuses = {"": _Status.SERVING, **dict.fromkeys(services, _Status.NOT_SERVING)}
         self._changed = asyncio.Event()
         self._draining = False
-        self._watches: collections.Counter[str] = collections.Counter()
+        self._watches = bounds.Bound(_MAX_WATCHES)
 
     def serving(self, does: bool) -> None:
         """Set whether our services serve; from `drain` on they do not."""
@@ -66,15 +65,10 @@ class Health(health_pb2_grpc.HealthServicer):
     ) -> None:
         """Send a service's status now and after each change; RESOURCE_EXHAUSTED past 100 watches of a connection."""
         peer = context.peer()
-        if self._watches[peer] >= _MAX_WATCHES:
+        if self._watches.reached(peer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watches of this connection")
-        self._watches[peer] += 1
-        try:
+        with self._watches.counted(peer):
             await self._watch(request.service, context)
-        finally:
-            self._watches[peer] -= 1
-            if not self._watches[peer]:
-                del self._watches[peer]
 
     async def _watch(self, service: str, context: auth.Context) -> typing.NoReturn:
         sent: int | None = None

@@ -1,6 +1,5 @@
 """Each RPC: parse, call the service, render. Errors are the interceptor's."""
 
-import collections
 import collections.abc
 import contextlib
 
@@ -14,7 +13,7 @@ from afterhours.v1 import (
 from google.protobuf import message
 
 from afterhours_grpc.events import feed
-from afterhours_grpc.rpc import auth, cursors, listing, rendering, tokens, wire
+from afterhours_grpc.rpc import auth, bounds, cursors, listing, rendering, tokens, wire
 from afterhours_grpc.sessions import errors, service, session
 from afterhours_grpc.sessions import listing as listed
 
@@ -39,7 +38,7 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         self._feed = feed
         self._durations = durations
         self._pages = pages
-        self._own_watches: collections.Counter[str] = collections.Counter()
+        self._own_watches = bounds.Bound(_MAX_OWN_WATCHES)
 
     async def StartSession(  # noqa: N802 - the proto's name, as below
         self, request: session_service_pb2.StartSessionRequest, _: auth.Context
@@ -130,30 +129,17 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
     ) -> collections.abc.AsyncGenerator[bytes, None]:
         caller = auth.caller.get()
         user_ids, position = listing.watch(request, caller)
-        if not caller.may_watch_all:
+        own = not caller.may_watch_all
+        if own:
             for user_id in user_ids or ():
                 caller.check(user_id=user_id)
-        with self._counted(caller):
+            if self._own_watches.reached(caller.id):
+                raise errors.Overloaded
+        with self._own_watches.counted(caller.id) if own else contextlib.nullcontext():
             told_all = self._feed.watch(user_ids, position, caller.until(), tokens.expired)
             async with contextlib.aclosing(told_all) as watched:
                 async for told in watched:
                     yield rendering.heartbeat_bytes(told.position) if told.event is None else told.event
-
-    @contextlib.contextmanager
-    def _counted(self, caller: auth.Caller) -> collections.abc.Iterator[None]:
-        """Count a watch while it lasts. Raise Overloaded if the caller has too many of their own sessions."""
-        if caller.may_watch_all:
-            yield
-            return
-        if self._own_watches[caller.id] >= _MAX_OWN_WATCHES:
-            raise errors.Overloaded
-        self._own_watches[caller.id] += 1
-        try:
-            yield
-        finally:
-            self._own_watches[caller.id] -= 1
-            if not self._own_watches[caller.id]:
-                del self._own_watches[caller.id]
 
     async def GetExactLocation(  # noqa: N802
         self, request: session_service_pb2.GetExactLocationRequest, _: auth.Context
